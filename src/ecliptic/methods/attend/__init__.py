@@ -1,0 +1,1 @@
+"""How a tower mixes its tokens: attention and softmax operators."""

@@ -1,0 +1,1 @@
+"""Measure what a model does wrong, and to whom."""

@@ -1,0 +1,1 @@
+"""Say or compute the same with less."""

@@ -1,0 +1,1 @@
+"""Which pairs to train on, and with which words."""

@@ -1,0 +1,1 @@
+"""Train two towers from scratch on pairs."""

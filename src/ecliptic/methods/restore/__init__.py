@@ -1,0 +1,1 @@
+"""Repair pictures: light, blur, things to remove."""

@@ -1,0 +1,1 @@
+"""Find the right item among many."""

@@ -1,0 +1,1 @@
+"""Name every pixel by text."""
