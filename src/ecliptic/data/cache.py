@@ -1,0 +1,165 @@
+"""Where downloads and parsed metadata live, and how to write there so that a reader never sees half a file.
+
+Standard library only: the command line imports this at start-up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+
+def cache_dir() -> Path:
+    """`$ECLIPTIC_CACHE`, or `~/.cache/ecliptic`. Read at each call, not created: writers create what they need."""
+    return Path(os.environ.get("ECLIPTIC_CACHE") or "~/.cache/ecliptic").expanduser()
+
+
+@contextlib.contextmanager
+def atomic_file(target: str | Path, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open a temporary sibling of `target`; on success flush it to disk and rename it, on error remove it.
+
+    Whatever happens, `target` holds either its old content or all of the new. Missing parent folders are made.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.chmod(0o666 & ~_UMASK)  # mkstemp says 0600; a shared cache wants the usual permissions
+        temporary.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(target: str | Path) -> Iterator[Path]:
+    """Give a temporary sibling folder to fill; on success it becomes `target`, on error it is removed.
+
+    If `target` appeared meanwhile (another process was faster), the new folder is dropped and the old one kept.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_UMASK)
+        try:
+            folder.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+        sync_folder(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_json(target: str | Path, value: Any) -> None:
+    """Write `value` as JSON, atomically. NaN is refused: other readers do not know it."""
+    with atomic_file(target, "w") as handle:
+        json.dump(value, handle, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def read_json(path: str | Path) -> Any:
+    """The parsed file, or None where it is absent, unreadable or damaged: a cache entry can always be made again."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def remember(name: str, key: object, make: Callable[[], Any]) -> Any:
+    """`make()`, kept as `<cache>/parsed/<name>.json` for as long as `key` (JSON-able) stays the same.
+
+    A cache that cannot be written (read-only home) costs time, never the result.
+    """
+    path = cache_dir() / "parsed" / f"{name}.json"
+    kept = read_json(path)
+    wanted = json.loads(json.dumps(key))
+    if isinstance(kept, dict) and kept.get("key") == wanted and "value" in kept:
+        return kept["value"]
+    value = make()
+    with contextlib.suppress(OSError):
+        write_json(path, {"key": wanted, "value": value})
+    return value
+
+
+@contextlib.contextmanager
+def lock(target: str | Path, timeout: float = 600.0) -> Iterator[None]:
+    """Hold `<target>.lock` against other processes and threads; the system frees it if the holder dies.
+
+    Raises TimeoutError after `timeout` seconds, naming the file.
+    """
+    path = Path(f"{target}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as handle:
+        deadline = time.monotonic() + timeout
+        while not _try_lock(handle):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"another process has held {path} for {timeout:.0f} s; wait for it, or end it")
+            time.sleep(0.05)
+        try:
+            yield
+        finally:
+            _unlock(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, where the system allows it."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _read_umask() -> int:
+    """The process's umask. It can only be read by setting it, so this is done once, at import."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _read_umask()
+
+try:
+    import fcntl
+
+    def _try_lock(handle: IO[bytes]) -> bool:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _unlock(handle: IO[bytes]) -> None:
+        fcntl.flock(handle, fcntl.LOCK_UN)
+
+except ImportError:  # Windows
+    import msvcrt
+
+    def _try_lock(handle: IO[bytes]) -> bool:
+        try:
+            handle.seek(0)
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+
+    def _unlock(handle: IO[bytes]) -> None:
+        handle.seek(0)
+        msvcrt.locking(handle.fileno(), msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]
