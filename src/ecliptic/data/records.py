@@ -10,7 +10,7 @@ import hashlib
 import operator
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
@@ -30,15 +30,10 @@ def decode_image(record: Record) -> Record:
 
 
 class MissingField(KeyError):
-    """A record lacks a field that somebody needs. The message names the record and what it has instead."""
-
-    def __init__(self, source: str, record: Mapping[str, Any], key: str, position: int):
-        has = ", ".join(map(repr, record))
-        self.message = f"record {position} (id {record.get('id')!r}) of {source} has no {key!r}; it has: {has}"
-        super().__init__(self.message)
+    """A record lacks a field that somebody needs; the message names the record and what it has instead."""
 
     def __str__(self) -> str:
-        return self.message
+        return str(self.args[0])
 
 
 class Skip(NamedTuple):
@@ -244,7 +239,8 @@ class Records(Sequence["Record"]):
         full = self._full(record)  # what only the decoded record has, such as a mask taken from the image
         if key in full:
             return full[key]
-        raise MissingField(self.name, full, key, i)
+        has = ", ".join(map(repr, full))
+        raise MissingField(f"record {i} (id {full.get('id')!r}) of {self.name} has no {key!r}; it has: {has}")
 
     def _name_of(self, i: int) -> str:
         try:
