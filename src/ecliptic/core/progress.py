@@ -1,0 +1,83 @@
+"""A progress bar that knows when nobody is looking: on stderr if that is a terminal, otherwise silent."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+T = TypeVar("T")
+
+
+class Progress:
+    """`with Progress("training", total=400, unit="images") as bar: bar.advance(1, units=32, note="loss 0.41")`.
+
+    total: how many steps there are, or None if nobody knows. unit: what the throughput counts; `units` defaults to the steps.
+    start: steps already done before (a resumed job); they do not count as throughput.
+    shown: None decides by whether stderr is a terminal.
+    """
+
+    def __init__(
+        self, title: str, total: int | None = None, *, unit: str = "", start: int = 0, shown: bool | None = None
+    ):
+        self.title, self.total, self.unit, self.start = title, total, unit, start
+        self.shown = sys.stderr.isatty() if shown is None else shown
+        self.units = 0
+        self._bar: RichProgress | None = None
+
+    def __enter__(self) -> Self:
+        self._began = time.perf_counter()
+        if self.shown:
+            from rich import progress
+            from rich.console import Console
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[rate]}"),
+                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+                transient=False,
+            )
+            self._task = self._bar.add_task(self.title, total=self.total, completed=self.start, rate="", note="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    @property
+    def rate(self) -> float:
+        """Units per second since the bar was opened."""
+        return self.units / max(time.perf_counter() - self._began, 1e-9)
+
+    def advance(self, steps: int = 1, *, units: int | None = None, note: str | None = None) -> None:
+        """Count `steps` more; `note` replaces the text at the end of the line."""
+        self.units += steps if units is None else units
+        if self._bar is not None:
+            rate = f"{self.rate:,.4g} {self.unit}/s" if self.unit else ""
+            if note is None:
+                self._bar.update(self._task, advance=steps, rate=rate)
+            else:
+                self._bar.update(self._task, advance=steps, rate=rate, note=note)
+
+
+def track(items: Iterable[T], title: str, total: int | None = None, *, unit: str = "") -> Iterator[T]:
+    """Walk over `items` under a progress bar."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with Progress(title, total, unit=unit) as bar:
+        for item in items:
+            yield item
+            bar.advance()
