@@ -1,0 +1,28 @@
+"""A picture index in one folder: vectors in a memory-mapped fp16 file, everything else in SQLite.
+
+Opening and searching need numpy alone; only text and picture queries, and adding, need a model.
+"""
+
+from ecliptic.apps.index.errors import (
+    DamagedIndexError,
+    DiskFullError,
+    IndexBusyError,
+    IndexProblem,
+    NoIndexError,
+    OtherModelError,
+)
+from ecliptic.apps.index.index import Change, Hit, Index
+from ecliptic.apps.index.store import Signature
+
+__all__ = [
+    "Change",
+    "DamagedIndexError",
+    "DiskFullError",
+    "Hit",
+    "Index",
+    "IndexBusyError",
+    "IndexProblem",
+    "NoIndexError",
+    "OtherModelError",
+    "Signature",
+]
