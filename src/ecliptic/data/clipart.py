@@ -107,7 +107,8 @@ def read_metadata(path: Path) -> tuple[str, str, list[str]]:
 
 _COLLECTION = re.compile(
     r"(part of the|clipart by|lemon svg theme|gramastar|etiquette icons|aiga_symbol|svg (gradient|road)|various clipart|"
-    r"clip art collection|r16 sib|australian maps|map symbols|simple arrows|homes clipart|pc connectors|untitled|unknown|title$|drawing$)"
+    r"clip art collection|r16 sib|australian maps|map symbols|simple arrows|homes clipart|pc connectors|untitled|unknown|"
+    r"title$|drawing$)"
     r"|(icon ?set|theme|collection|clip ?art|illustrations?|signs|submission)$",
     re.IGNORECASE,
 )

@@ -273,7 +273,7 @@ def join(parts: Sequence[Records], name: str | None = None) -> Records:
 
 def unit_hash(seed: int, key: object) -> float:
     """A number in [0, 1) that depends only on (seed, key): uniform over keys, the same on every machine and version."""
-    digest = hashlib.blake2b(f"{seed}\0{key}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}\0{key}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
