@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -122,10 +123,49 @@ class ModelStep(ABC):
 
 
 class Predictor(ABC):
-    """scikit-learn habits: the constructor stores, `fit` learns, what is learnt ends in `_`, `fit` returns `self`."""
+    """scikit-learn habits: the constructor stores, `fit` learns, what is learnt ends in `_`, `fit` returns `self`.
+
+    `fit` keeps the frozen model as `encoder_`. Tensors, numbers, strings and lists, tuples and dicts of them can be
+    saved; a copy by `clone` is unfitted and shares nothing that `fit` learnt.
+    """
+
+    encoder_: Encoder | None
 
     @abstractmethod
     def fit(self, encoder: Encoder, pairs: Pairs) -> Self: ...
 
     @abstractmethod
-    def predict(self, pixels: Tensor) -> Prediction: ...
+    def predict(self, pixels: Tensor) -> Prediction:
+        """Pixels (B, 3, H, W), as `encoder.preprocess` gives them -> what this method says about each picture."""
+
+    def save(self, folder: str | Path, *, with_encoder: bool = False) -> Path:
+        """Write what `fit` learnt (and the model too, if asked) to a folder that `load` opens with the same answers."""
+        from ecliptic.core.predictor_io import save_predictor
+
+        return save_predictor(self, folder, with_encoder=with_encoder)
+
+    @classmethod
+    def load(cls, folder: str | Path, encoder: Encoder | None = None) -> Self:
+        """Open what `save` wrote. `encoder` is the model it was fitted on, unless that was saved with it."""
+        from ecliptic.core.predictor_io import load_predictor
+
+        found: Self = load_predictor(folder, encoder, cls)
+        return found
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The constructor's arguments (scikit-learn's name for them)."""
+        from ecliptic.core.predictor_io import settings_of
+
+        return settings_of(self)
+
+    def set_params(self, **settings: Any) -> Self:
+        """Change settings by name; what was learnt stays until the next `fit`."""
+        if unknown := settings.keys() - self.get_params().keys():
+            raise ValueError(f"{type(self).__name__} has no setting {', '.join(sorted(unknown))}")
+        for name, value in settings.items():
+            setattr(self, name, value)
+        return self
+
+    def clone(self) -> Self:
+        """The same settings, unfitted."""
+        return type(self)(**self.get_params())

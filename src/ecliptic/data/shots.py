@@ -2,23 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ecliptic.core.contracts import Pairs, Record
-from ecliptic.core.encoder import HFEncoder
+from ecliptic.core.encoder import Encoder
 from ecliptic.core.progress import Progress
 from ecliptic.data.images import open_image
 from ecliptic.data.records import unit_hash
 from ecliptic.ops.augment import random_view
 
 
-def labels_of(pairs: Pairs, classes: Sequence[str] | None) -> tuple[tuple[str, ...], Tensor]:
-    """Class names and the labels (N,) int64 of the records, checked before any picture is opened."""
+class Shots(NamedTuple):
+    """Labelled pictures as features.
+
+    classes: names. features (N, d) unit rows. labels (N,) int64, positions in `classes`. views (V, N, d): augmented
+    views of the same pictures, or None. validation: features and labels of other pictures, or None.
+    """
+
+    classes: tuple[str, ...]
+    features: Tensor
+    labels: Tensor
+    views: Tensor | None = None
+    validation: tuple[Tensor, Tensor] | None = None
+
+
+def encode_shots(
+    encoder: Encoder,
+    pairs: Pairs,
+    validation: Pairs | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    views: int = 0,
+    seed: int = 0,
+    crop: tuple[float, float] = (0.5, 1.0),
+) -> Shots:
+    """Labelled records, and optionally more of them to validate on, as features. Labels are checked first."""
+    names, labels = labels_of(pairs, classes)
+    check_labels(labels, len(labels), names)
+    truth = None if validation is None else labels_of(validation, names)[1]
+    features, seen = encode_views(encoder, pairs, views, seed, crop)
+    held = None
+    if validation is not None and truth is not None:
+        held = (encode_views(encoder, validation)[0], truth)
+    return Shots(names, features, labels, seen, held)
+
+
+def labels_of(pairs: Pairs, classes: Sequence[str] | None = None) -> tuple[tuple[str, ...], Tensor]:
+    """Class names (by default the labels found, sorted) and the labels (N,) int64 of the records; opens no picture.
+
+    Raises ValueError for no records, a record without a label (KeyError from `Records`), a label outside `classes`.
+    """
     found = pairs.column("label") if hasattr(pairs, "column") else [_label(i, r) for i, r in enumerate(pairs)]
     if not found:
         raise ValueError("there are no records to learn from")
@@ -30,24 +68,29 @@ def labels_of(pairs: Pairs, classes: Sequence[str] | None) -> tuple[tuple[str, .
     return names, torch.tensor([place[label] for label in found])
 
 
-def _label(position: int, record: Record) -> str:
+def _label(position: int, record: Record) -> Any:
     if record.get("label") is None:
         raise ValueError(f"record {record.get('id', position)!r} has no label; it has {', '.join(map(repr, record))}")
-    return str(record["label"])
+    return record["label"]
 
 
-def encode_views(encoder: Encoder, pairs: Pairs, views: int, seed: int) -> tuple[Tensor, Tensor | None]:
+def encode_views(
+    encoder: Encoder, pairs: Pairs, views: int = 0, seed: int = 0, crop: tuple[float, float] = (0.5, 1.0)
+) -> tuple[Tensor, Tensor | None]:
     """Records -> features of the plain pictures (N, d), and of their augmented views (V, N, d) unless `views` is 0.
 
-    Views are random resized crops of half to all of the area, half of them mirrored. What a view looks like depends only
-    on (seed, record id, number of the view).
+    A view is a random resized crop of a share of the area within `crop`, mirrored half of the time. It depends only on
+    (seed, record id, number of the view), so neither order nor company changes it.
     """
-    side = getattr(getattr(encoder, "transform", None), "side", None) or 0
+    if views < 0:
+        raise ValueError(f"views must be 0 or more, got {views}")
+    tower: Any = encoder
+    size, side = tower.image_size, tower.transform.side
 
     def items() -> Iterator[tuple[Any, str, int]]:
         for i, record in enumerate(pairs):
-            for view in range(views + 1):
-                yield record["image"], str(record.get("id", i)), view
+            image, key = record["image"], str(record.get("id", i))
+            yield from ((image, key, view) for view in range(views + 1))
 
     def picture(item: tuple[Any, str, int]) -> Image.Image:
         image, key, view = item
@@ -56,46 +99,60 @@ def encode_views(encoder: Encoder, pairs: Pairs, views: int, seed: int) -> tuple
         if view == 0:
             return image
         generator = torch.Generator().manual_seed(int(unit_hash(seed, f"{key}/{view}") * 2**53))
-        shown = random_view(image, encoder.image_size, generator, CROP)
-        if side <= encoder.image_size:
+        shown = random_view(image, size, generator, crop)
+        if side <= size:
             return shown
-        frame = Image.new("RGB", (side, side))  # what the encoder's own centre crop would cut off
-        frame.paste(shown, ((side - shown.width) // 2, (side - shown.height) // 2))
+        frame = Image.new("RGB", (side, side))  # a margin for the encoder's own centre crop to cut off
+        frame.paste(shown, ((side - size) // 2, (side - size) // 2))
         return frame
 
-    total = len(pairs) * (views + 1) if hasattr(pairs, "__len__") else None
-    with Progress("encoding pictures", total, unit="pictures") as bar:
-        found = encoder.encode_images(items(), decode=picture, progress=bar.advance)
-    found = found.reshape(-1, views + 1, found.shape[-1]).transpose(0, 1)
-    return found[0].contiguous(), found[1:].contiguous() if views else None
+    count = getattr(pairs, "__len__", None)
+    with Progress("encoding pictures", count() * (views + 1) if count else None, unit="pictures") as bar:
+        rows = tower.encode_images(items(), decode=picture, progress=bar.advance)
+    rows = rows.reshape(-1, views + 1, rows.shape[-1]).transpose(0, 1)
+    return rows[0].contiguous(), rows[1:].contiguous() if views else None
 
 
-def check_shots(
-    features: Tensor, labels: Tensor | None, classes: Sequence[str], text: Tensor | None, *, every_class: bool = True
-) -> None:
-    """Raise a ValueError that names what is wrong with features (N, d), labels (N,) or text (K, d)."""
-    if len(classes) < 2:
-        raise ValueError(f"there is nothing to choose between: one class only ({', '.join(classes) or 'none'})")
-    if len(set(classes)) < len(classes):
-        raise ValueError(f"class names must differ: {tuple(classes)}")
-    if features.ndim != 2 or not len(features):
-        raise ValueError(f"features must be (N, d) with N > 0, got {tuple(features.shape)}")
-    if not (finite := features.isfinite().all(-1)).all():
-        raise ValueError(f"features of row {', '.join(map(str, (~finite).nonzero()[:5, 0].tolist()))} are not finite")
-    if text is not None:
-        if text.shape != (len(classes), features.shape[1]):
-            raise ValueError(f"text must be ({len(classes)}, {features.shape[1]}), got {tuple(text.shape)}")
-        if float((features.norm(dim=-1) - 1).abs().max()) > 1e-2:
-            raise ValueError("features must be unit rows: divide each by its norm")
-    if labels is None:
-        return
-    if labels.shape != (len(features),) or labels.is_floating_point():
-        raise ValueError(f"labels must be ({len(features)},) integers, got {tuple(labels.shape)} {labels.dtype}")
+def check_labels(labels: Tensor, n: int, classes: Sequence[str], *, every_class: bool = True) -> None:
+    """Raise a ValueError that names what is wrong with the labels (N,) of N samples of these classes.
+
+    every_class: each class needs at least one sample.
+    """
+    check_classes(classes)
+    if labels.shape != (n,) or labels.is_floating_point():
+        raise ValueError(f"labels must be ({n},) integers, got {tuple(labels.shape)} {labels.dtype}")
     if int(labels.min()) < 0 or int(labels.max()) >= len(classes):
         raise ValueError(f"labels must lie in 0..{len(classes) - 1}, found {int(labels.min())}..{int(labels.max())}")
     missing = sorted(set(range(len(classes))) - set(labels.tolist()))
     if every_class and missing:
         raise ValueError(f"no pictures of {', '.join(repr(classes[k]) for k in missing[:5])}: every class needs one")
+
+
+def check_classes(classes: Sequence[str]) -> None:
+    """Raise a ValueError unless there are two or more class names, all different."""
+    if isinstance(classes, str):
+        raise ValueError(f"classes must be a list of names, not the one string {classes!r}")
+    if len(classes) < 2:
+        raise ValueError(f"there is nothing to choose between: one class only ({', '.join(classes) or 'none'})")
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"class names must differ: {tuple(classes)}")
+
+
+def check_features(features: Tensor, text: Tensor | None = None, n_classes: int | None = None) -> None:
+    """Raise a ValueError that names what is wrong with features (N, d), or with text vectors (K, d) beside them.
+
+    With `text` the features must be unit rows, since cosines are what is added up.
+    """
+    if features.ndim != 2 or not len(features):
+        raise ValueError(f"features must be (N, d) with N > 0, got {tuple(features.shape)}")
+    if not (finite := features.isfinite().all(-1)).all():
+        raise ValueError(f"features of row {', '.join(map(str, (~finite).nonzero()[:5, 0].tolist()))} are not finite")
+    if text is None:
+        return
+    if text.ndim != 2 or text.shape[1] != features.shape[1] or len(text) != (n_classes or len(text)):
+        raise ValueError(f"text must be ({n_classes or 'K'}, {features.shape[1]}), got {tuple(text.shape)}")
+    if float((features.norm(dim=-1) - 1).abs().max()) > 1e-2:
+        raise ValueError("features must be unit rows: divide each by its norm")
 
 
 def folds_of(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
@@ -105,7 +162,7 @@ def folds_of(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
     """
     generator = torch.Generator().manual_seed(seed)
     found = torch.full_like(labels, -1)
-    for k in labels.unique():
+    for k in sorted(set(labels.tolist())):
         rows = (labels == k).nonzero()[:, 0]
         if len(rows) > 1 and folds > 1:
             found[rows[torch.randperm(len(rows), generator=generator)]] = torch.arange(len(rows)) % folds
@@ -113,10 +170,22 @@ def folds_of(labels: Tensor, folds: int, seed: int = 0) -> Tensor:
 
 
 def label_map(classes: Sequence[str], subset: Sequence[str]) -> Tensor:
-    """(K, S) of 0 and 1: logits over `classes` times this are logits over `subset`."""
+    """(K, S) of 0 and 1: logits over `classes` times this are logits over `subset`, in its order."""
     place = {name: i for i, name in enumerate(classes)}
     if unknown := [name for name in subset if name not in place]:
         raise ValueError(f"not among the classes learnt: {', '.join(map(repr, unknown))}")
     chosen = torch.zeros(len(classes), len(subset))
-    chosen[[place[name] for name in subset], range(len(subset))] = 1
+    chosen[[place[name] for name in subset], list(range(len(subset)))] = 1
     return chosen
+
+
+def tiny_records() -> list[Record]:
+    """Twelve small pictures of different sizes in three colours, labelled and captioned: data for `tiny()` of a method."""
+    records = []
+    for i in range(12):
+        name = ("red", "green", "blue")[i % 3]
+        colour = tuple(255 - 12 * i if part == name else 10 * i for part in ("red", "green", "blue"))
+        image = Image.new("RGB", (32 + i, 40), colour)
+        image.paste((255, 255, 255 - 20 * i), (i, 4, i + 8, 20))
+        records.append({"id": f"tiny-{i}", "image": image, "label": name, "caption": f"a photo of a {name} square"})
+    return records
