@@ -1,7 +1,7 @@
 """Metrics as plain numpy functions: ranks, accuracy, calibration, area under the curve, and bootstrap intervals.
 
-Everything takes arrays and returns arrays or floats; nothing here knows a model. Functions that end in `hits` return one
-value in [0, 1] per query, so that the same bootstrap serves them all. Randomness comes from a seed.
+Everything takes arrays and returns arrays or floats; nothing here knows a model. Functions that end in `hits` return
+one value in [0, 1] per query, so that the same bootstrap serves them all. Randomness comes from a seed.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def top_k_hits(scores: ArrayLike, truth: ArrayLike, k: int = 1) -> Floats:
     s, t = _scores(scores, truth)
     own = s[np.arange(len(s)), t][:, None]
     above, tied = (s > own).sum(1), (s == own).sum(1) - 1
-    return np.clip((k - above) / (tied + 1), 0.0, 1.0)
+    return np.asarray(np.clip((k - above) / (tied + 1), 0.0, 1.0))
 
 
 def accuracy(scores: ArrayLike, truth: ArrayLike, k: int = 1) -> float:
@@ -110,17 +110,17 @@ def confusion_matrix(truth: ArrayLike, answer: ArrayLike, classes: int) -> Ints:
     t, a = np.asarray(truth, dtype=np.int64), np.asarray(answer, dtype=np.int64)
     if t.shape != a.shape:
         raise ValueError(f"truth is {t.shape}, answer is {a.shape}")
-    if len(t) and not (0 <= min(t.min(), a.min()) and max(t.max(), a.max()) < classes):
+    if len(t) and (min(t.min(), a.min()) < 0 or max(t.max(), a.max()) >= classes):
         raise ValueError(f"class indices must lie in 0..{classes - 1}")
     return np.bincount(t * classes + a, minlength=classes * classes).reshape(classes, classes)
 
 
 class Bins(NamedTuple):
-    """A reliability diagram: per bin its (lower, upper] edges, pictures, mean confidence and accuracy (NaN if empty)."""
+    """A reliability diagram; per bin (lower, upper]: pictures, mean confidence and mean accuracy, NaN if empty."""
 
     lower: Floats
     upper: Floats
-    count: Ints
+    pictures: Ints
     confidence: Floats
     accuracy: Floats
 
@@ -151,10 +151,10 @@ def calibration_error(confidence: ArrayLike, correct: ArrayLike, bins: int = 15)
     In [0, 1], lower is better. 15 equal-width bins are that paper's choice (section 5).
     """
     b = reliability(confidence, correct, bins)
-    if not b.count.sum():
+    if not b.pictures.sum():
         raise ValueError("calibration error needs at least one picture")
-    gap = np.where(b.count > 0, np.abs(b.accuracy - b.confidence), 0.0)
-    return float((gap * b.count).sum() / b.count.sum())
+    gap = np.where(b.pictures > 0, np.abs(b.accuracy - b.confidence), 0.0)
+    return float((gap * b.pictures).sum() / b.pictures.sum())
 
 
 def brier_score(probabilities: ArrayLike, truth: ArrayLike) -> float:
@@ -194,13 +194,14 @@ def bootstrap_mean(
     captions of one picture are not independent.
     """
     v = _values(values)
-    if groups is None:
-        sums, counts = v, None
-    else:
+    sums: Floats = v
+    counts: Ints | None = None
+    if groups is not None:
         _, index = np.unique(np.asarray(groups), return_inverse=True)
         if index.shape != v.shape:
             raise ValueError(f"there are {len(v)} values and {len(index)} groups")
-        sums, counts = np.bincount(index, weights=v), np.bincount(index).astype(float)
+        sums = np.asarray(np.bincount(index, weights=v), dtype=float)
+        counts = np.bincount(index)
     means = np.concatenate(
         [
             sums[draw].mean(1) if counts is None else sums[draw].sum(1) / counts[draw].sum(1)
@@ -227,7 +228,7 @@ def proportion_interval(
     """`bootstrap_mean`, but honest when all hits agree.
 
     If every hit is 1 (or 0), every resample is too, and the percentile interval shrinks to a point, however few the
-    pictures. Then the exact binomial bound (Clopper and Pearson 1934) is returned: for n of n, ((1-level)/2)^(1/n) to 1.
+    pictures. Then the exact binomial bound (Clopper and Pearson 1934) is returned: ((1-level)/2)^(1/n) to 1 for n of n.
     """
     h = _values(hits)
     if h.min() < 0 or h.max() > 1:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -264,7 +263,7 @@ class Report:
         if self.numbers:
             parts.append(_align(*_number_rows(self.numbers)))
         for table in self.tables:
-            body = _align(table.columns, [[_cell(c) for c in row] for row in table.rows], _numeric(table))
+            body = _align(table.columns, [[_cell(c) for c in row] for row in table.rows], numeric_columns(table))
             parts.append((clean(table.title) + "\n" if table.title else "") + body)
         parts += [clean(note) for note in self.notes]
         return "\n\n".join(part for part in parts if part)
@@ -291,7 +290,7 @@ class Report:
         else:
             parts.append(Text(clean(self.title), style="bold"))
         for t in self.tables:
-            parts.append(grid(t.title, t.columns, [[_cell(c) for c in row] for row in t.rows], _numeric(t)))
+            parts.append(grid(t.title, t.columns, [[_cell(c) for c in row] for row in t.rows], numeric_columns(t)))
         parts += [Text(clean(note), style="dim") for note in self.notes]
         return Group(*parts)
 
@@ -319,15 +318,12 @@ def write_whole(path: str | Path, text: str) -> Path:
     """Write beside the target, then rename: an interrupted run never leaves half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)  # mkstemp makes it private
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
     return path
 
 
@@ -354,7 +350,7 @@ def _digits(value: float, unit: str) -> str:
     if unit == FRACTION:
         return f"{100 * value:.1f}"
     if float(value).is_integer() and (isinstance(value, int) or abs(value) >= 2):
-        return f"{int(value):,}".replace(",", " ")
+        return f"{int(value):,}".replace(",", "\u2009")
     size = abs(value)
     if size >= 100:
         return f"{value:.1f}"
@@ -380,7 +376,7 @@ def _cell(cell: Cell) -> str:
     return str(cell) if isinstance(cell, Number) else _digits(cell, "")
 
 
-def _numeric(table: Table) -> list[bool]:
+def numeric_columns(table: Table) -> list[bool]:
     """Which columns hold numbers only: those stand to the right."""
     return [
         any(row[i] is not None for row in table.rows) and all(not isinstance(row[i], str) for row in table.rows)
