@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -33,8 +33,15 @@ _FORMATS = (
 
 _log = logging.getLogger(__name__)
 
-Source = str | Path | bytes | IO[bytes] | Image.Image
-"""What can be opened: a path, the encoded bytes, an open binary file, or a picture already in memory."""
+
+class Readable(Protocol):
+    """An open binary file, or anything else with a `read` (its `name`, if it has one, is used in messages)."""
+
+    def read(self) -> bytes: ...
+
+
+Source = str | Path | bytes | Readable | Image.Image
+"""What can be opened: a path, the encoded bytes, something to read from, or a picture already in memory."""
 
 
 class ImageError(ValueError):
@@ -169,7 +176,7 @@ def find_images(folder: str | Path, on_error: Callable[[Path, str], None] | None
     return sorted(found)
 
 
-def _open(source: str | Path | bytes | IO[bytes]) -> tuple[str, IO[bytes]]:
+def _open(source: str | Path | bytes | Readable) -> tuple[str, IO[bytes]]:
     """A seekable binary file and its name for messages."""
     if isinstance(source, bytes | bytearray | memoryview):
         if not source:

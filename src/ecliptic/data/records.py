@@ -135,6 +135,11 @@ class Records(Sequence["Record"]):
         """
         return [self._value(i, key) for i in range(self._n)]
 
+    def peek(self, i: int) -> Record:
+        """The cheap record: a plain dict whose `image` is still a path, bytes or file, without what decoding adds."""
+        cheap = self._cheap(self._position(i))
+        return cheap.plain_cheap() if isinstance(cheap, _Lazy) else dict(cheap)
+
     @property
     def ids(self) -> list[str]:
         return self.column("id")

@@ -48,7 +48,7 @@ def load(record: Record) -> Record:
     """Open the picture and take the mask from its alpha channel (all 255 where it has none)."""
     from PIL import Image
 
-    image = record.get("image")
+    image = record["image"]
     if isinstance(image, Image.Image):
         return record
     picture, alpha = open_with_alpha(image)
