@@ -21,6 +21,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -177,9 +178,7 @@ class HFEncoder(Encoder):
     def id(self) -> str:
         """Name and a digest of weights, config and preprocessing: equal exactly if embeddings are."""
         digest = hashlib.blake2b(digest_size=8)
-        config = {
-            k: v for k, v in self.model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
-        }
+        config = _lasting(self.model.config.to_dict())
         digest.update(json.dumps([config, repr(self.transform)], sort_keys=True, default=str).encode())
         for name, value in sorted(self.model.state_dict().items()):
             digest.update(name.encode())
@@ -424,7 +423,8 @@ class HFEncoder(Encoder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            self.model.save_pretrained(draft)
+            with _no_bars():
+                self.model.save_pretrained(draft)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(draft)
             _write_json(draft / "preprocessor_config.json", self.transform.to_processor())
@@ -500,9 +500,9 @@ def _from_pretrained(source: str, activation: str | None, tokenizer: Any, local:
 
     from transformers import AutoConfig, AutoTokenizer
 
-    import ecliptic.core.towers  # noqa: F401  (registers the towers of our own models)
-
     folder = Path(source)
+    if not local or "ecliptic" in (folder / "config.json").read_text(encoding="utf-8", errors="replace"):
+        import_module("ecliptic.core.towers")  # registers the towers of our own models with transformers
     config = AutoConfig.from_pretrained(source, local_files_only=local)
     if config.model_type not in _FAMILIES:
         raise LoadError(f"{source}: a {config.model_type} model has no two towers; supported: {', '.join(_FAMILIES)}")
@@ -511,9 +511,14 @@ def _from_pretrained(source: str, activation: str | None, tokenizer: Any, local:
     family: Any = getattr(import_module(module), name)
     check_activation(config, source, activation)
     try:
-        model, info = family.from_pretrained(
-            source, output_loading_info=True, local_files_only=local, dtype=torch.float32, attn_implementation="sdpa"
-        )
+        with _no_bars():
+            model, info = family.from_pretrained(
+                source,
+                output_loading_info=True,
+                local_files_only=local,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+            )
     except (RuntimeError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise LoadError(f"{source}: {error}") from error
     if missing := sorted(info["missing_keys"]):
@@ -556,6 +561,16 @@ def check_activation(config: Any, source: str, activation: str | None) -> None:
 
 
 # Small parts
+
+
+def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what merely says where and how this copy was made."""
+    passing = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+    return {
+        key: _lasting(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in passing
+    }
 
 
 def _pad(rows: Sequence[Sequence[int]], pad: int, fill: int = 0) -> Tokens:
@@ -614,6 +629,20 @@ def _batches(items: Iterable[Any], size: int) -> Iterator[tuple[int, list[Any]]]
             start, batch = start + size, []
     if batch:
         yield start, batch
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers draws a progress bar even for weights that open in milliseconds; ours are drawn where the work is long."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
