@@ -106,13 +106,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _grey_to_8_bit(image)
-    if image.mode == "LAB":  # Pillow converts Lab only through its colour management
-        from PIL import ImageCms
-
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-        assert converted is not None
-        image = converted
+    if image.mode == "La":  # premultiplied: the only mode that Pillow takes to RGB by a detour only
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
@@ -239,8 +234,9 @@ def _finish(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | N
     """Upright, RGB, and the alpha channel if there is one."""
     try:
         image = _upright(image)
-        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data and image.mode != "I;16" else None
-        return to_rgb(image), alpha
+        if image.has_transparency_data and not image.mode.startswith("I;16"):
+            return to_rgb(image), image.convert("LA" if image.mode == "La" else "RGBA").getchannel("A")
+        return to_rgb(image), None
     except Exception as error:
         raise ImageError(name, _why_broken(error)) from error
 
