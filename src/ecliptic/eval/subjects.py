@@ -83,6 +83,8 @@ def encode(
     encoder: HFEncoder, records: Records, batch_size: int = 32, progress: Callable[[int], None] | None = None
 ) -> Encoded:
     """Embed every picture that can be read; the others are noted, and all of them failing is an error."""
+    if not len(records):
+        raise ValueError(f"{records.name} holds no records: there is nothing to evaluate")
     errors: dict[int, Exception] = {}
     features = encoder.encode_images(
         range(len(records)),
@@ -100,8 +102,6 @@ def encode(
 
 def readable(records: Records, errors: dict[int, Exception]) -> Skipped:
     """The failures by id; raises if nothing is left."""
-    if not len(records):
-        raise ValueError(f"{records.name} holds no records: there is nothing to evaluate")
     names = values(records, "id") if errors else []
     entries = [(str(i if names[i] is None else names[i]), str(error)) for i, error in sorted(errors.items())]
     if len(errors) == len(records):

@@ -85,6 +85,8 @@ def classify(
     calibration error.
     """
     records = as_records(records)
+    if not len(records):
+        raise ValueError(f"{records.name} holds no records: there is nothing to evaluate")
     preparing = encoder or getattr(predictor, "encoder_", None)
     if preparing is None:
         raise TypeError(f"{type(predictor).__name__} holds no encoder: pass encoder= so that pictures can be prepared")
