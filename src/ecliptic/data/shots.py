@@ -42,6 +42,8 @@ def encode_shots(
     crop: tuple[float, float] = (0.5, 1.0),
 ) -> Shots:
     """Labelled records, and optionally more of them to validate on, as features. Labels are checked first."""
+    if classes is not None:
+        check_classes(classes)
     names, labels = labels_of(pairs, classes)
     check_labels(labels, len(labels), names)
     truth = None if validation is None else labels_of(validation, names)[1]
