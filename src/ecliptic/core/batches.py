@@ -55,6 +55,9 @@ class Order:
 class Indexed:
     """Batches of anything with a length and an index. `pairs.batch(indices)`, where offered, replaces the walk over records:
     it gives columns (name -> sequence of len(indices)), whose pictures may be one uint8 array (B, H, W, 3).
+
+    A record that cannot be read (OSError, ValueError) is replaced by another, drawn from (seed, epoch,
+    index), and noted in `unreadable` (index -> reason). Ten unreadable ones in a row raise.
     """
 
     def __init__(
@@ -68,18 +71,34 @@ class Indexed:
         self.pairs, self.seed, self.collate, self.augment = pairs, seed, collate, augment
         self.order = Order(len(pairs), size, seed)
         self.threads_allowed = True
+        self.unreadable: dict[int, str] = {}
 
     def __call__(self, i: int) -> Batch:
         indices = self.order(i)
         many = getattr(self.pairs, "batch", None)
-        records = _rows(many(indices)) if many is not None else [self.pairs[int(index)] for index in indices]
+        epoch = self.order.epoch(i)
+        if many is not None:
+            records = _rows(many(indices))
+        else:
+            records = [self._readable(epoch, int(index)) for index in indices]
         if self.augment is not None:
-            epoch = self.order.epoch(i)
             records = [
                 _augmented(self.augment, record, self.seed, epoch, int(index))
                 for record, index in zip(records, indices)
             ]
         return self.collate(records)
+
+    def _readable(self, epoch: int, index: int) -> Record:
+        others = np.random.default_rng([self.seed, epoch, index])
+        for _ in range(10):
+            try:
+                record = self.pairs[index]
+                return {**record, "image": _picture(record["image"])} if _is_path(record.get("image")) else record
+            except (OSError, ValueError) as error:  # pictures that cannot be decoded are ValueErrors
+                self.unreadable[index] = str(error)
+                failure = error
+            index = int(others.integers(len(self.pairs)))
+        raise OSError(f"ten records in a row cannot be read, the last one {index}: {failure}") from failure
 
 
 class Streamed:
@@ -164,7 +183,7 @@ def collate(encoder: Encoder, records: Sequence[Record], objective: Objective) -
 
     image: (B, 3, S, S) float32, from `pixels` where the records hold them, else from `image`: a picture, a path, or a uint8 array
         (H, W, 3), which goes straight to normalising when it has the encoder's size already.
-    text: Tokens of `caption`. group: (B,) int64, equal where the captions are. index: (B,) int64 hash of the record's `id`.
+    text: Tokens of `caption`. group: (B,) int64, equal where the captions are.
     Each name in the objective's `fields` is added as it stands in the records: numbers and arrays stacked, the rest as a list.
     """
     batch: dict[str, Any] = {}
@@ -196,8 +215,12 @@ def _pixels(encoder: Encoder, records: Sequence[Record]) -> Tensor:
     return encoder.preprocess([_picture(image) for image in images])
 
 
+def _is_path(image: Any) -> bool:
+    return isinstance(image, str | Path)
+
+
 def _picture(image: Any) -> Any:
-    if isinstance(image, str | Path):
+    if _is_path(image):
         from ecliptic.core.encoder import _open
 
         return _open(image)
@@ -260,7 +283,7 @@ def check(pairs: Pairs | None, objective: Objective, custom: bool) -> None:
     if isinstance(pairs, list | tuple):
         records: Iterable[Record] = pairs
     else:
-        records = [next(iter(pairs))]
+        records = _first(pairs)
     for place, record in enumerate(records):
         for names in wanted:
             if all(record.get(field) is None for field in names):
@@ -276,6 +299,15 @@ def check(pairs: Pairs | None, objective: Objective, custom: bool) -> None:
         for place, caption in enumerate(column("caption")):
             if not isinstance(caption, str):
                 raise ValueError(f"record {place} has no 'caption', which Train({name}) needs (it is {caption!r})")
+
+
+def _first(pairs: Pairs) -> list[Record]:
+    try:
+        return [next(iter(pairs))]
+    except StopIteration:
+        raise ValueError("pairs is empty: there is nothing to train on") from None
+    except (OSError, ValueError):  # an unreadable first picture says nothing about the others
+        return []
 
 
 def prefetch(batches: Callable[[int], B], indices: range, workers: int, depth: int = 2) -> Iterator[B]:

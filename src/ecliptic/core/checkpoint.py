@@ -20,11 +20,8 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
-    """Write the state (tensors and plain values) after `step` steps, then drop all but the newest `keep`.
-
-    On failure (a full disk, say) nothing that was there before is touched.
-    """
+def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    """Write the state (tensors and plain values) after `step` steps. On failure (a full disk, say) what was there stays."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
     for stale in folder.glob(".step-*.writing"):
@@ -40,8 +37,6 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
         part.unlink(missing_ok=True)
         raise OSError(f"cannot write checkpoint {path}: {error}; the checkpoints before it are intact") from error
     _sync(folder)
-    for _, old in checkpoints(folder)[:-keep]:
-        old.unlink()
     return path
 
 

@@ -15,8 +15,9 @@ import re
 import signal
 import threading
 import time
+import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -89,6 +90,8 @@ class Settings:
         for name in ("lr", "weight_decay", "warmup", "seed", "workers", "evaluate_every"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise ValueError(f"grad_clip={self.grad_clip}: must be positive, or None for no clipping")
         for name in ("optimizer", "schedule", "precision"):
             choices = {"optimizer": ("adamw", "sgd"), "schedule": SCHEDULES, "precision": ("no", "bf16", "fp16")}[name]
             if getattr(self, name) not in choices:
@@ -231,9 +234,11 @@ def fit(
                 row |= {"lr": settings.lr * share, "grad_norm": norm, "samples_per_s": count / seconds}
                 row |= {"waited": waited / seconds}
                 every = settings.evaluate_every
-                if evaluate is not None and (step == settings.steps or (every and step % every == 0)):
-                    row["evaluate"] = _evaluated(module, evaluate)
-                log.write(row)
+                try:
+                    if evaluate is not None and (step == settings.steps or (every and step % every == 0)):
+                        row["evaluate"] = _evaluated(module, evaluate)
+                finally:  # the step is done, whatever becomes of its evaluation
+                    log.write(row)
                 bar.advance(units=count, note=f"loss {row['loss']:.4g}")
                 if step % settings.checkpoint_every == 0 or step == settings.steps:
                     stored.save(step, optimizer, accelerator)
@@ -462,6 +467,7 @@ class _Store:
         self.module, self.chosen, self.settings, self.extras = module, chosen, settings, extras
         self.folder = None if settings.checkpoints is None else Path(settings.checkpoints)
         self.newest: Path | None = None
+        self.mine: list[Path] = []
         self.at = -1
         if self.folder is not None:
             same = {name: _plain(getattr(settings, name)) for name in _DECISIVE} | _plain(dict(identity))
@@ -489,7 +495,7 @@ class _Store:
             accelerator.scaler.load_state_dict(state["scaler"])
         for name, extra in self.extras.items():
             extra.load_state_dict(state["extras"][name])
-        self.newest, self.at = path, step
+        self.newest, self.at, self.mine = path, step, [path for _, path in found]
         return step
 
     def save(self, step: int, optimizer: Any, accelerator: Accelerator) -> None:
@@ -504,7 +510,11 @@ class _Store:
             "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
             "extras": {name: extra.state_dict() for name, extra in self.extras.items()},
         }
-        self.newest, self.at = checkpoint.save(self.folder, step, state, self.settings.keep), step
+        self.newest, self.at = checkpoint.save(self.folder, step, state), step
+        self.mine = [*(path for path in self.mine if path != self.newest), self.newest][-self.settings.keep :]
+        for _, path in checkpoint.checkpoints(self.folder):
+            if path not in self.mine:  # older ones, and those of a run that this one starts afresh
+                path.unlink()
 
     def _frozen(self) -> int:
         """A checksum of the weights that are not trained, and so not stored."""
@@ -531,7 +541,8 @@ class _Log:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.start and self.path.exists():
-                self.rows = [row for row in map(_row, self.path.open()) if row and row["step"] <= self.start]
+                lines = map(_row, self.path.read_text().splitlines())
+                self.rows = [row for row in lines if row and row["step"] <= self.start]
             part = self.path.with_name(f".{self.path.name}.writing")
             part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
             part.replace(self.path)
@@ -578,11 +589,13 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Trained:
-    """What `Train.run` gives: the new encoder, the objective with whatever it learnt, and the log (see `fit`)."""
+    """What `Train.run` gives: the new encoder, the objective with whatever it learnt, the log (see `fit`), and which records
+    could not be read (index -> reason)."""
 
     encoder: Encoder
     objective: Objective
     log: list[dict[str, Any]]
+    unreadable: Mapping[int, str]
 
 
 @dataclass(frozen=True)
@@ -639,22 +652,30 @@ class Train(Settings, ModelStep):
 
         indexed = hasattr(pairs, "__len__") and hasattr(pairs, "__getitem__")
         kind: Any = Indexed if indexed else Streamed
+        batches = kind(pairs, self.batch_size, self.seed, make, self.augment)
         evaluate = self.evaluate
         log = fit(
             module,
             loss,
-            kind(pairs, self.batch_size, self.seed, make, self.augment),
+            batches,
             self,
             trainable=lambda name, parameter: self._accepts(name, parameter, frozen),
             after_step=_scale_clamp(student),
             evaluate=None if evaluate is None else lambda: evaluate(student),
-            identity={"records": len(cast(Any, pairs)) if indexed else None} | self._said(),
+            identity={"records": _records(pairs)} | self._said(),
             unit="pairs",
         )
         student.to(home)
         student.eval()
         student.record_step("train", self.arguments())
-        return Trained(student, objective, log)
+        unreadable: dict[int, str] = getattr(batches, "unreadable", {})
+        if unreadable:
+            index, reason = next(iter(unreadable.items()))
+            warnings.warn(
+                f"{len(unreadable)} records could not be read and were replaced, the first {index}: {reason}",
+                stacklevel=2,
+            )
+        return Trained(student, objective, log, unreadable)
 
     def arguments(self) -> dict[str, Any]:
         """What was asked for, in plain values, for the encoder's history: settings that differ from their defaults."""
@@ -697,6 +718,20 @@ def describe(objective: Objective) -> dict[str, Any]:
     if is_dataclass(objective):
         values = {item.name: getattr(objective, item.name) for item in fields(objective)}
     return {"name": type(objective).__name__, **_plain(values)}
+
+
+def _records(pairs: Pairs) -> list[int] | None:
+    """How many records there are, and a checksum of their ids where these can be had without decoding."""
+    if not isinstance(pairs, Sized):
+        return None
+    column = getattr(pairs, "column", None)
+    if column is not None:
+        ids = column("id")
+    elif isinstance(pairs, list | tuple):
+        ids = [record.get("id") for record in pairs]
+    else:
+        ids = []
+    return [len(pairs), zlib.crc32("\n".join(map(str, ids)).encode())]
 
 
 def _bound(objective: Objective, encoder: HFEncoder) -> tuple[Objective, nn.Module]:
