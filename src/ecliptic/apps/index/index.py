@@ -77,14 +77,16 @@ class Index:
         self._store = store
         self.folder = store.folder
         state = store.snapshot()
-        self.signature, self.root = state.signature, state.root
+        self.signature, self.source, self.root = state.signature, state.source, state.root
 
     @classmethod
-    def create(cls, folder: str | Path, signature: Signature, root: str | Path | None = None) -> Index:
+    def create(
+        cls, folder: str | Path, signature: Signature, root: str | Path | None = None, source: str = ""
+    ) -> Index:
         """Make an empty index, or open the one that is there if the same model made it.
 
         root: paths below it are kept relative to it (default: the folder that holds `folder`), so that pictures and
-        index can move together.
+        index can move together. source: what `ecliptic.load` opens the model with, for those who search later.
         """
         folder = absolute(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +94,7 @@ class Index:
             top = folder.parent if root is None else absolute(root)
             with _writing(folder):
                 if not Store.exists(folder):
-                    Store.create(folder, signature, top).close()
+                    Store.create(folder, signature, top, source).close()
                     sync_folder(folder)
         return cls.open(folder, signature)
 
@@ -108,9 +110,10 @@ class Index:
         """Refuse a model whose vectors would not be comparable with those in the index."""
         for what, ours, theirs in zip(("model", "image transform", "size"), self.signature, signature, strict=True):
             if ours != theirs:
+                hint = f"use --model {self.source}, or " if self.source else ""
                 raise OtherModelError(
-                    f"the index {self.folder} was built with {what} {ours!r}, not {theirs!r}; "
-                    f"search it with --model {self.signature.model}, or build another with --index"
+                    f"the index {self.folder} was built with {what} {ours!r}, not {theirs!r}: "
+                    f"{hint}make another index with --index"
                 )
 
     def close(self) -> None:

@@ -68,6 +68,7 @@ class Snapshot(NamedTuple):
     """The state of one committed moment."""
 
     signature: Signature
+    source: str  # what `load` opens the model with
     root: Path
     generation: int
     rows: int
@@ -92,7 +93,7 @@ class Store:
         return True
 
     @classmethod
-    def create(cls, folder: Path, signature: Signature, root: Path) -> Store:
+    def create(cls, folder: Path, signature: Signature, root: Path, source: str) -> Store:
         """Lay out an empty index; killed half-way, it counts as no index and can be created again."""
         with explained(folder):
             database = sqlite3.connect(folder / CATALOGUE, isolation_level=None)
@@ -104,6 +105,7 @@ class Store:
                 "model": signature.model,
                 "preprocess": signature.preprocess,
                 "dim": signature.dim,
+                "source": source,
                 "root": Path(os.path.relpath(root, folder)).as_posix() if inside else root.as_posix(),
                 "generation": 0,
                 "rows": 0,
@@ -165,7 +167,7 @@ class Store:
         meta = dict(self._database.execute("SELECT key, value FROM meta"))
         signature = Signature(meta["model"], meta["preprocess"], int(meta["dim"]))
         root = Path(os.path.normpath(self.folder / meta["root"]))
-        return Snapshot(signature, root, int(meta["generation"]), int(meta["rows"]))
+        return Snapshot(signature, meta["source"], root, int(meta["generation"]), int(meta["rows"]))
 
     def select(self, columns: str, where: str = "", values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Rows of the catalogue. `columns` and `where` are ours; whatever a user typed goes into `values`."""

@@ -1,0 +1,66 @@
+"""`ecliptic show SLUG`: all about one method."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Annotated, Any
+
+import typer
+
+from ecliptic.apps.cli._shell import Json, emit, warn
+
+NEEDS = True
+
+
+def show(
+    slug: Annotated[str, typer.Argument(help="A method, as `ecliptic methods` lists it.")],
+    json: Json = False,
+) -> None:
+    """Show all about one method: paper, claim, settings, text."""
+    from ecliptic.core.method import find
+
+    card = find(slug)
+    signature, documentation = _inside(card)
+    value = {**card.as_dict(), "signature": signature, "documentation": documentation}
+
+    def text() -> str:
+        lines = [
+            f"{card.slug} ({card.stage}, {card.kind})",
+            f"{card.title} ({card.year}) {card.link}",
+            "",
+            *textwrap.wrap(f"For: {card.purpose}", 110, subsequent_indent="     "),
+            *textwrap.wrap(f"Claim: {card.claim}", 110, subsequent_indent="       "),
+            "",
+        ]
+        for name, kind in card.parts:
+            lines += [f"{signature.get(name, name)}  [{kind}]", ""]
+        lines += [documentation, "", f"File: {card.file}", f"Run its claim: ecliptic claim {card.slug}"]
+        return "\n".join(lines)
+
+    emit(value, json, text)
+
+
+def _inside(card: Any) -> tuple[dict[str, str], str]:
+    """Signatures by name and the module's text; without them where an extra is missing."""
+    import inspect
+    from importlib import import_module
+
+    try:
+        module = import_module(card.module)
+    except ImportError as error:
+        warn(f"note: the method cannot be imported here: {error}")
+        return {}, ""
+    signatures = {name: f"{name}{_signature(inspect.signature(getattr(module, name)))}" for name, _ in card.parts}
+    own = getattr(module, card.name).__doc__ or ""
+    return signatures, "\n\n".join(inspect.cleandoc(part) for part in (module.__doc__ or "", own) if part)
+
+
+def _signature(signature: Any) -> str:
+    """One argument a line where there are several, types as written."""
+    parts = [
+        str(parameter).replace("'", "") if "'" in str(parameter.annotation) else str(parameter)
+        for parameter in signature.parameters.values()
+    ]
+    if len(parts) < 3:
+        return f"({', '.join(parts)})"
+    return "(\n" + "".join(f"    {part},\n" for part in parts) + ")"
