@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from ecliptic.core.contracts import Prediction, Predictor
+from ecliptic.core.encoder import TruncationWarning
 from ecliptic.data.records import Records
 from ecliptic.eval import classify, evaluate, retrieval, zero_shot
 from ecliptic.eval.retrieval import captions_of
@@ -267,6 +268,15 @@ def test_equal_captions_tie_exactly():
     assert report["image_to_text.recall@1"].value == pytest.approx(1 / 37)
     assert report["image_to_text.median_rank"].value == 19
     assert any("36 captions repeat" in note for note in report.notes)
+
+
+def test_captions_that_were_cut_are_mentioned():
+    with pytest.warns(TruncationWarning, match="1 of 2 captions cut to 32 tokens"):
+        report = retrieval(
+            clip_encoder(),
+            [{"image": paint("red"), "caption": "a cat"}, {"image": paint("blue"), "caption": "cat " * 50}],
+        )
+    assert "1 of 2 captions cut to 32 tokens." in report.notes
 
 
 def test_which_captions_are_used():

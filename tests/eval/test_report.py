@@ -205,6 +205,12 @@ def test_plain_text_is_aligned_and_safe_for_a_terminal():
     assert lines[-2].index("12") == lines[-3].index("3")  # one column less in text, one more on screen, right-aligned
 
 
+def test_long_tables_are_printed_in_part_and_shown_whole():
+    report = Report("t", tables=[Table(["name"], [[f"row{i}"] for i in range(50)])])
+    assert "row39\n... and 10 more rows" in str(report)
+    assert "row49" in report.to_html()
+
+
 def test_rich_prints_markup_as_text():
     console = Console(width=100, file=open("/dev/null", "w"), record=True)  # noqa: SIM115, PTH123
     with console.file:

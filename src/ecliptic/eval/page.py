@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from ecliptic.data.images import open_image
 from ecliptic.eval.overlay import COLOURS
 from ecliptic.eval.report import (
     FRACTION,
@@ -79,10 +80,7 @@ def picture_uri(image: Image.Image | str | Path, side: int = THUMBNAIL) -> tuple
     JPEG for photographs; PNG, which does not blur, for pictures of up to 96 pixels.
     """
     try:
-        opened = image if isinstance(image, Image.Image) else Image.open(image)
-        picture = ImageOps.exif_transpose(opened)
-        if not picture.width or not picture.height:
-            return None
+        picture = ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else open_image(image)
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -94,7 +92,7 @@ def picture_uri(image: Image.Image | str | Path, side: int = THUMBNAIL) -> tuple
             picture.save(out, "PNG", optimize=True)
         else:
             picture.save(out, "JPEG", quality=84, optimize=True)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises on a broken file
+    except (OSError, ValueError):  # ImageError among them
         return None
     kind = "png" if small else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}", *picture.size
@@ -421,7 +419,7 @@ font-variant-numeric:tabular-nums}
 .bars .plot{width:60%;padding:5px 0}
 .bars .value{padding:5px 0 5px 16px;text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .bars .value .interval{margin-left:6px}
-.scroll{overflow-x:auto}
+.scroll{overflow:auto;max-height:720px}
 .data table{border-collapse:collapse;font-size:.9rem;min-width:min(100%,420px)}
 .data th{text-align:left;font-weight:600;color:var(--soft);font-size:.85em}
 .data th,.data td{padding:6px 20px 6px 0;border-bottom:1px solid var(--line);vertical-align:baseline}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 FRACTION = "fraction"
+PRINTED = 40  # rows of a table in plain text; JSON and HTML hold all
 
 
 @dataclass(frozen=True)
@@ -263,8 +264,8 @@ class Report:
         if self.numbers:
             parts.append(_align(*_number_rows(self.numbers)))
         for table in self.tables:
-            body = _align(table.columns, [[_cell(c) for c in row] for row in table.rows], numeric_columns(table))
-            parts.append((clean(table.title) + "\n" if table.title else "") + body)
+            body = _align(table.columns, _printed(table), numeric_columns(table))
+            parts.append((clean(table.title) + "\n" if table.title else "") + body + _more(table))
         parts += [clean(note) for note in self.notes]
         return "\n\n".join(part for part in parts if part)
 
@@ -290,7 +291,9 @@ class Report:
         else:
             parts.append(Text(clean(self.title), style="bold"))
         for t in self.tables:
-            parts.append(grid(t.title, t.columns, [[_cell(c) for c in row] for row in t.rows], numeric_columns(t)))
+            parts.append(grid(t.title, t.columns, _printed(t), numeric_columns(t)))
+            if more := _more(t).strip():
+                parts.append(Text(more, style="dim"))
         parts += [Text(clean(note), style="dim") for note in self.notes]
         return Group(*parts)
 
@@ -374,6 +377,15 @@ def _cell(cell: Cell) -> str:
     if isinstance(cell, str):
         return cell
     return str(cell) if isinstance(cell, Number) else _digits(cell, "")
+
+
+def _printed(table: Table) -> list[list[str]]:
+    return [[_cell(c) for c in row] for row in table.rows[:PRINTED]]
+
+
+def _more(table: Table) -> str:
+    left = len(table.rows) - PRINTED
+    return f"\n... and {left} more rows" if left > 0 else ""
 
 
 def numeric_columns(table: Table) -> list[bool]:

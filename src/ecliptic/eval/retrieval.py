@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -72,7 +73,7 @@ def retrieval(
     unique = sorted(set(captions))  # equal captions share one column, so that they tie exactly
     column = {text: j for j, text in enumerate(unique)}
     image = found.features[rows].float().numpy()
-    text = encoder.encode_texts(unique, overflow=overflow).float().numpy()
+    text, cut = _encode_texts(encoder, unique, overflow)
     search = Search(image, text, np.array([column[c] for c in captions]), np.array(owner))
 
     report = Report(f"Retrieval: {encoder.name} on {records.name}")
@@ -88,11 +89,10 @@ def retrieval(
         report.numbers[f"{way}.median_rank"] = _median(metrics.expected_rank(ranks), group, draw)
     _by_category(report, [_category(v) for v in values(records[pictures], "category")], hits, draw)
 
-    report.notes.append(
-        f"Intervals: 95 %, percentile bootstrap over pictures, {resamples} resamples, seed {seed}. "
-        f"Chance for text to image: {', '.join(f'{min(k / len(pictures), 1):.1%}' for k in ks)} "
-        f"at {', '.join(map(str, ks))}."
-    )
+    report.notes.append(f"Intervals: 95 %, percentile bootstrap over pictures, {resamples} resamples, seed {seed}.")
+    chance = ", ".join(f"{100 * min(k / len(pictures), 1):.1f} %" for k in ks)
+    report.notes.append(f"Chance for text to image is {chance} at {', '.join(map(str, ks))}.")
+    report.notes += cut
     if len(unique) < len(captions):
         report.notes.append(f"{len(captions) - len(unique)} captions repeat another; they tie with it by necessity.")
     uncaptioned = sum(not texts[i] for i in found.kept)
@@ -103,6 +103,20 @@ def retrieval(
     report.details["pictures.skipped"] = Number(len(found.skipped.entries))
     report.sections += _shown(search, forth, back, captions, pictures, Thumbnails(records), seed)
     return report
+
+
+def _encode_texts(
+    encoder: HFEncoder, texts: Sequence[str], overflow: Literal["error", "truncate", "windows"]
+) -> tuple[NDArray[Any], list[str]]:
+    """(U, D) unit rows, and what the reader should know about captions that were cut (the warning is passed on too)."""
+    from ecliptic.core.encoder import TruncationWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        embedded = encoder.encode_texts(texts, overflow=overflow).float().numpy()
+    for warning in caught:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return embedded, [f"{w.message}." for w in caught if issubclass(w.category, TruncationWarning)]
 
 
 class Search:
@@ -201,7 +215,7 @@ def _by_category(
     rows.sort(key=lambda row: -int(row[1]))  # type: ignore[arg-type]
     order = sorted(bars, key=lambda name: -bars[name].value)
     if len(names) <= 30:
-        report.figures.append(BarChart({n: bars[n] for n in order}, f"{_words(shown[0])} by category"))
+        report.figures.append(BarChart({n: bars[n] for n in order}, f"{_words(shown[0]).capitalize()} by category"))
     report.tables.append(Table(["category", "pictures", *map(_words, shown)], rows, "By category"))
 
 

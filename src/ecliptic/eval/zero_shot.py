@@ -239,8 +239,8 @@ def classification_report(
         rows.append([classes[i], len(own), per_class[classes[i]], most])
     order = sorted(range(len(rows)), key=lambda r: (per_class[classes[present[r]]].value, classes[present[r]]))
     if 1 < len(present) <= CHARTED:
-        report.figures.append(BarChart({classes[present[r]]: per_class[classes[present[r]]] for r in reversed(order)}))
-        report.figures[-1] = BarChart(report.figures[-1].bars, "Accuracy per class")  # type: ignore[union-attr]
+        bars = {classes[present[r]]: per_class[classes[present[r]]] for r in reversed(order)}
+        report.figures.append(BarChart(bars, "Accuracy per class"))
     report.tables.append(
         Table(["class", "pictures", "accuracy", "most often taken for"], [rows[r] for r in order], "Per class")
     )
