@@ -204,6 +204,8 @@ def _members(path: Path) -> list[tuple[str, int, int]]:
                 try:
                     found += [(member.name, member.offset_data, member.size) for member in tar if member.isreg()]
                 except tarfile.ReadError as error:
+                    if not found:
+                        raise
                     _log.warning("%s: damaged after %d members (%s)", path, len(found), error)
     except tarfile.CompressionError as error:
         raise ShardError(f"{path}: {error}") from error
@@ -226,6 +228,8 @@ def _plain_members(path: Path) -> list[tuple[str, int, int]] | None:
     """The fast way through a tar whose headers are all of the simple kind, five times as fast as `tarfile`; else None."""
     found: list[tuple[str, int, int]] = []
     with path.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if len(data) < 512:
+            return None
         offset = 0
         while offset + 512 <= len(data):
             header = data[offset : offset + 512]
