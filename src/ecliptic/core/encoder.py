@@ -21,7 +21,7 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -32,9 +32,10 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
-from ecliptic.core.anatomy import Anatomy, anatomy, outputs_of, siglip_token_pool
+from ecliptic.core.anatomy import Anatomy, Tower, anatomy, outputs_of, siglip_token_pool
 from ecliptic.core.contracts import Features, Tokens
 from ecliptic.core.preprocess import ImagePreprocess
+from ecliptic.core.shortcut import last_block_at
 
 Overflow = Literal["error", "truncate", "windows"]
 CARD = "ecliptic.json"  # what was done to the model, beside its weights
@@ -265,7 +266,8 @@ class HFEncoder(Encoder):
             raise ValueError(f"pixels of {height} x {width} hold no patch of {tower.patch} x {tower.patch}")
         native = getattr(tower.module.config, "image_size", None)
         resize = tower.resizes if (height, width) != (native, native) else {}
-        with outputs_of(tower.blocks, layers) as kept:
+        pooled_token = 0 if tower.prefix and not patches else None  # SigLIP's head reads every patch
+        with outputs_of(tower.blocks, layers) as kept, self._last_block(tower, pooled_token):
             out = tower.module(pixel_values=pixels.to(self.device), **resize)
         pooled = out.pooler_output if tower.projection is None else tower.projection(out.pooler_output)
         tokens = self._patch_tokens(out.last_hidden_state) if patches else None
@@ -299,7 +301,8 @@ class HFEncoder(Encoder):
         if not tower.padded and len(ids):
             longest = int(mask.sum(-1).max())
             ids, mask = ids[:, :longest], mask[:, :longest]
-        with outputs_of(tower.blocks, layers) as kept:
+        pooled_token = None if words or not (tower.causal or tower.padded) else self._end(ids)
+        with outputs_of(tower.blocks, layers) as kept, self._last_block(tower, pooled_token):
             # Causal towers pool at the end of text, which no padding reaches; SigLIP saw its padding in training.
             attention = {} if tower.causal or tower.padded else {"attention_mask": mask.long()}
             out = tower.module(input_ids=ids, **attention)
@@ -311,6 +314,18 @@ class HFEncoder(Encoder):
             layers=kept,
             mask=mask if words or layers else None,
         )
+
+    @staticmethod
+    def _last_block(tower: Tower, position: Tensor | int | None) -> AbstractContextManager[None]:
+        return nullcontext() if position is None else last_block_at(tower.blocks, position, tower.causal)
+
+    def _end(self, ids: Tensor) -> Tensor | int:
+        """Where transformers pools a causal or padded text tower: SigLIP at the last position, CLIP at the end of text."""
+        tower = self.anatomy.text
+        if tower.padded:
+            return ids.shape[1] - 1
+        eos = tower.module.eos_token_id  # configs from before transformers 4.31 say 2 and mean the highest id
+        return ids.argmax(-1) if eos == 2 else (ids == eos).int().argmax(-1)
 
     @staticmethod
     def _finish(pooled: Tensor, projection: nn.Module | None, normalize: bool) -> Tensor:
@@ -388,10 +403,10 @@ class HFEncoder(Encoder):
         place = {row: i for i, row in enumerate(unique)}
         fill = self.max_tokens if self.anatomy.text.padded else 0
         found = torch.empty(len(unique), self.dim)
-        for i in range(0, len(unique), batch_size):
+        for start, rows in _by_length(unique, batch_size):
             with torch.inference_mode():
-                pooled = self.texts(_pad(unique[i : i + batch_size], self._pad_id, fill)).pooled.float().cpu()
-            found[i : i + batch_size] = pooled  # copied, so that what leaves is usable under autograd
+                pooled = self.texts(_pad(rows, self._pad_id, fill)).pooled.float().cpu()
+            found[start : start + len(rows)] = pooled  # copied, so that what leaves is usable under autograd
         return found[[place[tuple(row)] for row in ids]]
 
     def _windows(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
@@ -582,6 +597,17 @@ def _pad(rows: Sequence[Sequence[int]], pad: int, fill: int = 0) -> Tokens:
         ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
         mask[i, : len(row)] = True
     return Tokens(ids, mask)
+
+
+def _by_length(rows: Sequence[tuple[int, ...]], size: int) -> Iterator[tuple[int, Sequence[tuple[int, ...]]]]:
+    """Cut rows sorted by length into batches: at most `size` rows, and from 16 rows on no more than a token of padding each."""
+    start = 0
+    for end in range(1, len(rows) + 1):
+        full = end - start >= size
+        longer = end < len(rows) and end - start >= 16 and len(rows[end]) > len(rows[start]) + 1
+        if full or longer or end == len(rows):
+            yield start, rows[start:end]
+            start = end
 
 
 def _open(item: Any) -> Image.Image:
