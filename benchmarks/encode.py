@@ -1,0 +1,148 @@
+"""Encoding captions and pictures, against transformers with the same weights: python -m benchmarks.encode [--rounds N]
+
+The model has the shape of CLIP ViT-B/32 with random weights (speed does not depend on them). Captions are those of rendered
+scenes, cut to words; ids come from one tokenizer on both sides, and tokenising is inside the measured call. Two ways of using
+transformers are compared, because both are common: captions padded to the model's 77 tokens, as CLIP pipelines and zero-shot
+classifiers do, and captions padded to the longest of their batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import ecliptic
+from benchmarks.measure import Row, compare, line, save
+from ecliptic.core.encoder import HFEncoder
+from ecliptic.core.preprocess import ImagePreprocess
+
+BATCH = 64
+
+
+def build() -> HFEncoder:
+    from transformers.models.clip.configuration_clip import CLIPConfig
+    from transformers.models.clip.modeling_clip import CLIPModel
+
+    words = ecliptic.load("tiny").tokenizer
+    words.model_max_length = 77
+    torch.manual_seed(0)
+    config = CLIPConfig(
+        text_config={
+            "eos_token_id": words.eos_token_id,
+            "bos_token_id": words.bos_token_id,
+            "pad_token_id": words.pad_token_id,
+        }
+    )
+    return HFEncoder(CLIPModel(config).eval(), words, ImagePreprocess(), "vit-b-32-random")
+
+
+def captions(encoder: HFEncoder, longest: int, n: int = 256) -> list[str]:
+    """Different captions of 4 to `longest` tokens, special ones included, lengths evenly mixed."""
+    from ecliptic.data.scenes import scenes
+
+    rng = np.random.default_rng(0)
+    source = scenes("train", n=n, seed=0, kind="multi")
+    texts = [source[i]["long_caption"] for i in range(n)]
+    out = []
+    for text in texts:
+        words = (text.split() * 20)[: int(rng.integers(2, longest))]
+        while len(encoder.tokenizer(" ".join(words))["input_ids"]) > longest:
+            words.pop()
+        out.append(" ".join(words))
+    return out
+
+
+def peer_texts(encoder: HFEncoder, texts: list[str], padding: bool | str) -> Tensor:
+    rows = []
+    with torch.inference_mode():
+        for i in range(0, len(texts), BATCH):
+            given = encoder.tokenizer(
+                texts[i : i + BATCH], padding=padding, truncation=True, max_length=77, return_tensors="pt"
+            )
+            features = encoder.model.get_text_features(
+                input_ids=given["input_ids"], attention_mask=given["attention_mask"]
+            )
+            rows.append(normalize(features.pooler_output, dim=-1))
+    return torch.cat(rows)
+
+
+def peer_images(encoder: HFEncoder, processor: object, pictures: list[Image.Image]) -> Tensor:
+    rows = []
+    with torch.inference_mode():
+        for i in range(0, len(pictures), 16):
+            pixels = processor(images=pictures[i : i + 16], return_tensors="pt")["pixel_values"]  # type: ignore[operator]
+            rows.append(normalize(encoder.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1))
+    return torch.cat(rows)
+
+
+def main() -> None:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    encoder = build()
+    rows: list[Row] = []
+    for name, longest in (("captions of at most 16 tokens", 16), ("captions of at most 77 tokens", 77)):
+        texts = captions(encoder, longest, 256 if longest == 16 else 64)
+        ours = encoder.encode_texts(texts)
+        for peer, padding in (("transformers padded to 77", "max_length"), ("transformers padded to the batch", True)):
+            difference = float((ours - peer_texts(encoder, texts, padding)).abs().max())
+            assert difference < 1e-5, f"outputs differ by {difference}"
+            rows.append(
+                compare(
+                    name,
+                    peer,
+                    lambda t=texts: encoder.encode_texts(t),
+                    lambda t=texts, p=padding: peer_texts(encoder, t, p),
+                    rounds=rounds,
+                    difference=difference,
+                )  # fmt: skip
+            )
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8)) for _ in range(16)]
+    processor = CLIPImageProcessorPil()
+    difference = float((encoder.encode_images(pictures, 16) - peer_images(encoder, processor, pictures)).abs().max())
+    assert difference < 1e-5, f"outputs differ by {difference}"
+    rows.append(
+        compare(
+            "pictures of 640 x 480, resized and encoded",
+            "transformers (Pillow processor)",
+            lambda: encoder.encode_images(pictures, 16, workers=1),
+            lambda: peer_images(encoder, processor, pictures),
+            rounds=rounds,
+            difference=difference,
+        )  # fmt: skip
+    )
+    pixels = encoder.preprocess(pictures)
+
+    def tower() -> Tensor:
+        with torch.inference_mode():
+            return encoder.images(pixels).pooled
+
+    def peer_tower() -> Tensor:
+        with torch.inference_mode():
+            return normalize(encoder.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+
+    difference = float((tower() - peer_tower()).abs().max())
+    assert difference < 1e-5, f"outputs differ by {difference}"
+    rows.append(
+        compare("pictures, tower only", "transformers", tower, peer_tower, rounds=rounds, difference=difference)
+    )
+    path = save(
+        "encode", rows, {"batch": BATCH, "threads": 1, "model": "CLIP ViT-B/32 shape, random weights", "rounds": rounds}
+    )
+    print("\n".join(line(row) for row in rows), f"\n{path}")
+
+
+if __name__ == "__main__":
+    main()
