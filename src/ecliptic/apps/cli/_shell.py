@@ -97,6 +97,8 @@ def guarded(work: Callable[..., None], resume: str = "") -> Callable[..., None]:
         except BrokenPipeError:  # the reader of a pipe has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
+        except (typer.Exit, typer.Abort):
+            raise
         except Exception as error:
             if os.environ.get("ECLIPTIC_DEBUG") or not _meant_for_the_user(error):
                 raise

@@ -40,7 +40,7 @@ def classify(
     files, bad = picture_files(images)
     if predictor is None:
         assert names is not None
-        good, shares, more = _by_words(load_model(model or DEFAULT_MODEL), files, names, templates)
+        good, shares, more = _by_words(load_model(DEFAULT_MODEL if model is None else model), files, names, templates)
     else:
         good, shares, names, more = _by_predictor(predictor, None if model is None else load_model(model), files)
     bad += more

@@ -39,9 +39,10 @@ def index(
         fail(f"{place} is a file: --index names a folder")
     try:
         with Index.open(place) as existing:
-            source = model or existing.source or DEFAULT_MODEL
+            own = existing.source or DEFAULT_MODEL
     except NoIndexError:
-        source = model or DEFAULT_MODEL
+        own = DEFAULT_MODEL
+    source = own if model is None else model
     embedder = TowerEmbedder(load_model(source))
     kept_as = str(Path(source).resolve()) if Path(source).exists() else source
     with Index.create(place, embedder.signature, root=folder, source=kept_as) as target:

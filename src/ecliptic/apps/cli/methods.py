@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ecliptic.apps.cli._shell import DEFAULT_MODEL, Json, Model, emit, note
+from ecliptic.apps.cli._shell import DEFAULT_MODEL, Json, Model, emit, fail, note
 
 if TYPE_CHECKING:
     from ecliptic.core.method import Card
@@ -43,9 +43,12 @@ def _by_meaning(query: str, found: list[Card], model: str) -> list[Card]:
 
     if not found:
         return []
-    encoder = load_model(model)
+    try:
+        encoder = load_model(model)
+    except (ImportError, ValueError) as error:
+        fail(f"no method has all the words of {query!r}, and ranking by meaning needs a model: {error}", 1)
     wanted = text_vector(encoder, query)
-    scores = encoder.encode_texts([f"{card.purpose} ({card.title})" for card in found]) @ wanted
+    scores = encoder.encode_texts([f"{card.purpose} ({card.title})" for card in found], overflow="windows") @ wanted
     return [found[i] for i in scores.argsort(descending=True, stable=True).tolist()]
 
 

@@ -34,13 +34,14 @@ def search(
     if query is not None and not query.strip():
         fail("the query is empty: say what to look for")
     from ecliptic.apps.index import Index
-    from ecliptic.apps.index.towers import TowerEmbedder
 
     wanted = [one_picture(path) for path in image or []]
     with Index.open(find_index(index)) as target:
         if len(target) == 0:
             fail(f"the index {target.folder} holds no pictures yet: run `ecliptic index` on the folder again")
-        encoder = load_model(model or target.source or DEFAULT_MODEL)
+        from ecliptic.apps.index.towers import TowerEmbedder
+
+        encoder = load_model((target.source or DEFAULT_MODEL) if model is None else model)
         target.require(TowerEmbedder(encoder).signature)
         parts = [] if query is None else [text_vector(encoder, query)]
         parts += list(encoder.encode_images(wanted)) if wanted else []

@@ -57,10 +57,13 @@ def _inside(card: Any) -> tuple[dict[str, str], str]:
 
 def _signature(signature: Any) -> str:
     """One argument a line where there are several, types as written."""
-    parts = [
-        str(parameter).replace("'", "") if "'" in str(parameter.annotation) else str(parameter)
-        for parameter in signature.parameters.values()
-    ]
+    parts = []
+    for parameter in signature.parameters.values():
+        kind, default = parameter.annotation, parameter.default
+        typed = (
+            "" if kind is parameter.empty else f": {kind if isinstance(kind, str) else getattr(kind, '__name__', kind)}"
+        )
+        parts.append(f"{parameter.name}{typed}" + ("" if default is parameter.empty else f" = {default!r}"))
     if len(parts) < 3:
         return f"({', '.join(parts)})"
     return "(\n" + "".join(f"    {part},\n" for part in parts) + ")"
