@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from ecliptic.data import images
 from ecliptic.data.images import ImageError, find_images, is_image, open_image, open_with_alpha, to_rgb
 
 
@@ -224,13 +225,34 @@ def test_fast_keeps_the_short_side_and_looks_the_same() -> None:
     assert open_image(encoded(picture, "PNG"), fast=True).size == (1600, 1200)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P"])
+def test_a_huge_png_is_shrunk_in_strips(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = noise(30, 20).resize((301, 203), Image.Resampling.BICUBIC).convert("L" if mode in ("L", "LA") else "RGB")
+    if mode in ("RGBA", "LA"):
+        picture.putalpha(noise(30, 20, seed=1).resize(picture.size).convert("L"))
+    if mode == "P":
+        picture = picture.quantize(64)
+    data = encoded(picture, "PNG", **({"transparency": 3} if mode == "P" else {}))
+    monkeypatch.setattr(images, "_STRIP", 20_000)  # bytes, so that there are several strips
+    opened, alpha = open_with_alpha(data, fast=True, max_pixels=10_000)
+    whole = picture
+    if mode == "P":
+        whole = Image.open(io.BytesIO(data)).convert("RGBA")
+    assert opened.size == (101, 68)  # a third: 203 * 301 pixels exceed the limit 6.1 times
+    assert np.array_equal(np.asarray(opened), np.asarray(to_rgb(whole.reduce(3))))
+    assert (alpha is not None) == (mode in ("RGBA", "LA", "P"))
+    with pytest.raises(ImageError, match="truncated"):
+        open_image(data[: len(data) // 2], fast=True, max_pixels=10_000)
+
+
 # refused
 
 
 def test_zero_bytes_folder_missing_and_strange_sources(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "folder.jpg").mkdir()
-    refused(tmp_path / "empty.jpg", "empty.jpg", "0 bytes")
+    error = refused(tmp_path / "empty.jpg")
+    assert (error.path, error.reason) == (str(tmp_path / "empty.jpg"), "empty (0 bytes)")
     refused(tmp_path / "folder.jpg", "folder.jpg", "a folder")
     refused(tmp_path / "gone.jpg", "gone.jpg", "no such file")
     refused("http://example.org/cat.jpg", "web address")
@@ -311,7 +333,9 @@ def test_bombs_are_refused_before_decoding() -> None:
     bomb = bomb.replace(bomb[16:24], struct.pack(">II", 60_000, 60_000))
     header = bomb[12:29]
     bomb = bomb[:29] + struct.pack(">I", zlib.crc32(header)) + bomb[33:]
-    refused(bomb, "too large")
+    refused(bomb, "60000 x 60000 is 3,600,000,000 pixels, above the limit")
+    with pytest.raises(ImageError, match="above the limit"):
+        open_image(bomb, fast=True)
 
 
 def test_the_pixel_limit_can_be_set() -> None:

@@ -7,15 +7,19 @@ the file and the reason.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
+import math
 import os
 import stat
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 
 EXTENSIONS = frozenset(
     {".apng", ".avif", ".bmp", ".dib", ".gif", ".icns", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
@@ -63,9 +67,9 @@ def open_image(source: Source, *, fast: bool = False, min_side: int = 224, max_p
     257; 32-bit integer and float grey scaled (see `to_rgb`); the first frame of an animation. Colour profiles are
     ignored.
     fast: let the JPEG decoder shrink by 2, 4 or 8 while both sides stay >= `min_side`; several times faster on large
-        photographs, pixels differ slightly from a full decode. Other formats are not affected.
-    max_pixels: refuse pictures with more (after shrinking). Above twice Pillow's own limit raise
-        `PIL.Image.MAX_IMAGE_PIXELS` too.
+        photographs, pixels differ slightly from a full decode. An 8-bit PNG of up to 16 times `max_pixels` is read in
+        strips and shrunk until it fits. Nothing else is affected.
+    max_pixels: refuse pictures with more (after shrinking); Pillow's global limit plays no part.
     """
     return open_with_alpha(source, fast=fast, min_side=min_side, max_pixels=max_pixels)[0]
 
@@ -78,20 +82,19 @@ def open_with_alpha(
         return _finish(source, getattr(source, "filename", "") or "<image in memory>")
     name, handle = _open(source)
     with handle:
-        try:
-            image = Image.open(handle, formats=_available_formats())
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ImageError(name, f"too large to decode safely: {error}") from error
-        except Exception as error:  # Pillow's plugins raise nearly anything on hostile input
-            raise ImageError(name, _why_unknown(handle, error)) from error
+        image = _identify(handle, name)
         if fast:
             _draft(image, min_side)
         pixels = image.width * image.height
-        if pixels > max_pixels:
-            size = f"{image.width} x {image.height}"
-            raise ImageError(name, f"{size} is {pixels:,} pixels, above the limit of {max_pixels:,} (raise max_pixels)")
         try:
+            if fast and image.format == "PNG" and max_pixels < pixels <= 16 * max_pixels:
+                image = _shrunk_png(handle, math.ceil(math.sqrt(pixels / max_pixels)))
+            elif pixels > max_pixels:
+                size = f"{image.width} x {image.height} is {pixels:,} pixels"
+                raise ImageError(name, f"{size}, above the limit of {max_pixels:,} (raise max_pixels)")
             image.load()
+        except ImageError:
+            raise
         except Exception as error:
             raise ImageError(name, _why_broken(error)) from error
         return _finish(image, name)
@@ -202,6 +205,8 @@ def _open(source: str | Path | bytes | Readable) -> tuple[str, IO[bytes]]:
         if kind.st_size == 0:
             raise ImageError(name, "empty (0 bytes)")
         return name, Path(source).open("rb")
+    except ImageError:
+        raise
     except FileNotFoundError as error:
         raise ImageError(name, "no such file") from error
     except PermissionError as error:
@@ -210,16 +215,26 @@ def _open(source: str | Path | bytes | Readable) -> tuple[str, IO[bytes]]:
         raise ImageError(name, f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _available_formats() -> list[str]:
-    """`_FORMATS` that this build of Pillow has (AVIF and JPEG 2000 may be missing)."""
-    global _usable
-    if _usable is None:
+def _identify(handle: IO[bytes], name: str) -> Image.Image:
+    """The picture's header, by the first decoder that takes it.
+
+    This is the core of `Image.open` without its size check, which warns or raises by a global limit.
+    """
+    try:
         Image.init()
-        _usable = [name for name in _FORMATS if name in Image.OPEN]
-    return _usable
-
-
-_usable: list[str] | None = None
+        start = handle.read(16)
+        for format in _FORMATS:
+            if format not in Image.OPEN:  # AVIF and JPEG 2000 may be missing from a build of Pillow
+                continue
+            factory, accepts = Image.OPEN[format]
+            accepted = accepts is None or accepts(start)
+            if accepted and not isinstance(accepted, str):
+                handle.seek(0)
+                with contextlib.suppress(SyntaxError, IndexError, TypeError, struct.error):  # "not mine", to Pillow
+                    return factory(handle, name)
+    except Exception as error:  # plugins raise nearly anything on hostile input
+        raise ImageError(name, _why_unknown(handle, error)) from error
+    raise ImageError(name, _why_unknown(handle))
 
 
 def _draft(image: Image.Image, min_side: int) -> None:
@@ -228,6 +243,69 @@ def _draft(image: Image.Image, min_side: int) -> None:
     if image.format in ("JPEG", "MPO") and short > min_side:
         width, height = (-(-side * min_side // short) for side in image.size)
         image.draft(None, (width, height))
+
+
+_STRIP = 16 << 20  # bytes of a huge PNG decoded at a time
+
+
+def _shrunk_png(handle: IO[bytes], factor: int) -> Image.Image:
+    """A PNG at 1/factor of its size, decoded strip by strip, so that the whole never stands in memory.
+
+    A row of a PNG is stored as its difference to the row above. Each strip is therefore handed to Pillow as a picture of
+    its own with the last row of the strip before, undone, on top.
+    """
+    handle.seek(8)
+    kept = b""  # palette and transparent colour
+    while True:
+        length, kind = struct.unpack(">I4s", handle.read(8))
+        if kind == b"IDAT":
+            break
+        data = handle.read(length + 4)
+        if kind == b"IHDR":
+            width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[:13])
+        elif kind in (b"PLTE", b"tRNS"):
+            kept += struct.pack(">I4s", length, kind) + data
+    if depth != 8 or interlaced:
+        raise ValueError(
+            f"{width} x {height} pixels at {depth} bits{' interlaced' if interlaced else ''}: too large to shrink"
+        )
+    row = width * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    strip = max(1, _STRIP // (row * factor)) * factor
+    stream = zlib.decompressobj()
+    raw, above = bytearray(), bytes(row)
+    canvas: Image.Image | None = None
+    done = 0
+    while done < height:
+        rows = min(strip, height - done)
+        while len(raw) < rows * (row + 1):
+            if length == 0:
+                handle.read(4)  # the checksum of the chunk
+                length, kind = struct.unpack(">I4s", handle.read(8))
+                if kind != b"IDAT":
+                    raise ValueError("the image file is truncated")
+                continue
+            part = handle.read(min(length, 1 << 16))
+            if not part:
+                raise ValueError("the image file is truncated")
+            length -= len(part)
+            raw += stream.decompress(part)
+        block = b"\0" + above + bytes(raw[: rows * (row + 1)])
+        del raw[: rows * (row + 1)]
+        header = struct.pack(">IIBBBBB", width, rows + 1, depth, colour, 0, 0, 0)
+        chunks = _chunk(b"IHDR", header) + kept + _chunk(b"IDAT", zlib.compress(block, 0)) + _chunk(b"IEND", b"")
+        piece = PngImagePlugin.PngImageFile(io.BytesIO(b"\x89PNG\r\n\x1a\n" + chunks))
+        above = piece.crop((0, rows, width, rows + 1)).tobytes()
+        plain = piece.convert("RGBA" if piece.has_transparency_data else "RGB")
+        if canvas is None:
+            canvas = Image.new(plain.mode, (-(-width // factor), -(-height // factor)))
+        canvas.paste(plain.reduce(factor, (0, 1, width, rows + 1)), (0, done // factor))
+        done += rows
+    assert canvas is not None
+    return canvas
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I4s", len(data), kind) + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def _finish(image: Image.Image, name: str) -> tuple[Image.Image, Image.Image | None]:
@@ -271,7 +349,7 @@ def _grey_to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def _why_broken(error: Exception) -> str:
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):  # from within a plugin
         return f"too large to decode safely: {error}"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
@@ -292,13 +370,13 @@ _MAGIC = (
 )
 
 
-def _why_unknown(handle: IO[bytes], error: Exception) -> str:
+def _why_unknown(handle: IO[bytes], error: Exception | None = None) -> str:
     """Say what a file is that no decoder knows."""
     try:
         handle.seek(0)
         head = handle.read(1024)
-    except Exception:
-        return f"cannot be read: {error}"
+    except Exception as trouble:
+        return f"cannot be read: {trouble}"
     for magic, meaning in _MAGIC:
         if head.startswith(magic):
             return f"not an image: {meaning}"
@@ -316,6 +394,6 @@ def _why_unknown(handle: IO[bytes], error: Exception) -> str:
         return "not an image: nothing but zero bytes"
     if not any(byte < 9 or 13 < byte < 32 for byte in head):
         return "not an image: plain text"
-    if isinstance(error, UnidentifiedImageError):
+    if error is None:
         return "not an image that Pillow knows, or its header is damaged"
-    return f"corrupt: {str(error) or type(error).__name__}"
+    return _why_broken(error)

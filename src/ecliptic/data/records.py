@@ -37,10 +37,11 @@ class MissingField(KeyError):
 
 
 class Skip(NamedTuple):
-    """One record that was left out, and why."""
+    """One record that was left out, why, and the file to look at (empty if none is known)."""
 
     id: str
     reason: str
+    path: str = ""
 
 
 @dataclass
@@ -49,8 +50,11 @@ class SkipLog:
 
     entries: list[Skip] = field(default_factory=list)
 
-    def add(self, id: str, reason: str) -> None:
-        self.entries.append(Skip(id, reason))
+    def add(self, id: str, error: Exception) -> None:
+        if isinstance(error, ImageError):
+            self.entries.append(Skip(id, error.reason, error.path))
+        else:
+            self.entries.append(Skip(id, str(error), str(getattr(error, "filename", None) or "")))
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -194,7 +198,7 @@ class Records(Sequence["Record"]):
         """Walk over the decoded records in order.
 
         on_error="skip": a record whose files cannot be read (ImageError, OSError) is left out and noted in `log` as
-            (id, reason); every other exception is a bug and still raised.
+            (id, reason, path); every other exception is a bug and still raised.
         workers: decode in this many threads, a little ahead of the reader; the order stays.
         """
         if on_error not in ("raise", "skip"):
@@ -206,7 +210,7 @@ class Records(Sequence["Record"]):
                 if on_error == "raise":
                     raise
                 if log is not None:
-                    log.add(self._name_of(i), str(error))
+                    log.add(self._name_of(i), error)
                 continue
             yield record
 

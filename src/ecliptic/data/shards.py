@@ -448,7 +448,7 @@ def _stored_form(records: Pairs, check: bool, log: SkipLog | None) -> Iterator[R
             full = records[i] if check or not _is_stored(cheap.get("image")) else cheap
         except (ImageError, OSError) as error:
             if log is not None:
-                log.add(str(cheap.get("id")), str(error))
+                log.add(str(cheap.get("id")), error)
             continue
         yield {**full, "image": cheap["image"]} if _is_stored(cheap.get("image")) else full
 
