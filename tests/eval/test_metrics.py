@@ -175,8 +175,18 @@ def test_bootstrap_draws_whole_pictures():
     low, high = m.bootstrap_mean(ten)
     wide = m.bootstrap_mean(values)
     assert high - low < 0.5 * (wide[1] - wide[0])
-    # unequal groups by hand: {0: [1, 1, 1], 1: [0]} can only give 1, 3/4 or 0
-    assert m.bootstrap_mean([1, 1, 1, 0], [0, 0, 0, 1], resamples=2000) == (0.0, 1.0)
+
+
+def test_bootstrap_over_pictures_with_unequal_captions_is_the_loop():
+    values, groups = np.random.default_rng(0).random(20), np.random.default_rng(1).integers(0, 6, 20)
+    pictures = [values[groups == g] for g in np.unique(groups)]
+    rng = np.random.default_rng(5)
+    means = []
+    for _ in range(300):
+        drawn = [pictures[i] for i in rng.integers(0, len(pictures), len(pictures))]
+        means.append(sum(map(sum, drawn)) / sum(map(len, drawn)))
+    expected = (np.quantile(means, 0.025), np.quantile(means, 0.975))
+    assert m.bootstrap_mean(values, groups, resamples=300, seed=5) == pytest.approx(expected)
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():

@@ -15,6 +15,7 @@ from ecliptic.core.encoder import TruncationWarning
 from ecliptic.data.records import Records
 from ecliptic.eval import classify, evaluate, retrieval, zero_shot
 from ecliptic.eval.retrieval import captions_of
+from ecliptic.eval.zero_shot import classification_report
 from tests.towers import clip_encoder, dual_encoder, siglip_encoder
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
@@ -113,6 +114,13 @@ def test_zero_shot_on_real_towers_is_the_loop(make):
     assert report["zero_shot.ece"].value == pytest.approx(ece, abs=1e-5)
 
 
+def test_top5_counts_the_fifth_and_not_the_sixth():
+    p = np.array([[0.3, 0.25, 0.2, 0.12, 0.08, 0.05]] * 4)
+    report = classification_report(p, np.array([4, 4, 5, 0]), tuple("abcdef"), "x", resamples=10)
+    assert report["x.top5"].value == 0.75
+    assert report["x.accuracy"].value == 0.25
+
+
 def test_classes_may_hold_more_than_occur_and_say_other_words():
     records = coloured(["red", "green"], label=["n01", "n02"])
     report = zero_shot(Colours(), records, {"n01": "red", "n02": "green", "n03": "blue"})
@@ -173,7 +181,10 @@ def test_all_pictures_broken_is_an_error_that_names_one(tmp_path):
 
 
 def test_a_fault_in_the_program_is_not_a_broken_picture():
-    records = Records(2, lambda i: {"id": str(i), "label": "red", "image": paint("red") if i else 1 / 0}, name="bug")
+    def load(record):
+        return {**record, "image": paint("red") if record["id"] == "1" else 1 / 0}
+
+    records = Records(2, lambda i: {"id": str(i), "label": "red", "image": "x.png"}, load=load, name="bug")
     with pytest.raises(ZeroDivisionError):
         zero_shot(Colours(), records, ["red", "blue"])
 
@@ -287,6 +298,14 @@ def test_which_captions_are_used():
     assert captions_of(["a"], [None], "captions") == [[]]
     with pytest.raises(TypeError, match="list of texts"):
         captions_of(["a"], [{"de": "b"}], "captions")
+
+
+def test_pictures_without_a_caption_stay_out_of_the_gallery():
+    records = coloured(["red", "blue", "green"], caption=["a red", None, "a green"])
+    report = retrieval(Colours(), records, ks=(1,))
+    assert report["image_to_text.recall@1"].n == 2
+    assert report["pictures.used"].value == 2
+    assert "1 of 3 records have no caption and were left out." in report.notes
 
 
 def test_retrieval_without_captions_says_so():
