@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ecliptic.core import checkpoint
-from ecliptic.core.batches import Indexed, Order, Streamed, collate, prefetch
+from ecliptic.core.batches import Indexed, Order, Streamed, cheap_column, collate, prefetch
 from ecliptic.core.contracts import Features, Objective, Record, Views
 from ecliptic.core.encoder import Encoder
 from ecliptic.core.objectives import InfoNCE, Sigmoid
@@ -330,7 +330,7 @@ def test_control_c_waits_for_whole_weights(tmp_path):
 
 def test_no_checkpoint_with_half_updated_weights(tmp_path):
     def interrupted(step: int) -> None:
-        if step == 3:
+        if step == 4:  # the weights have moved, but the step is not complete
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -452,13 +452,21 @@ def test_frozen_parts_do_not_move_nor_drop():
     assert all(child.training for child in model.modules())  # as it came
 
 
+def test_every_step_draws_anew():
+    _, log = regression(Settings(steps=6, lr=0.0))
+    _, other = regression(Settings(steps=6, lr=0.0, seed=1))
+    _, parts = regression(Settings(steps=3, lr=0.0, accumulate=2))
+    noise = [row["terms"]["noise"] for row in [*log, *other, *parts]]
+    assert len(set(noise)) == len(noise)
+
+
 def test_accumulated_batches_are_one_batch_to_a_mean():
     halves = [(X[:32], Y[:32]), (X[32:], Y[32:])]
     models = []
     for batches, accumulate in (([(X, Y)], 1), (halves, 2)):
         model = nn.Linear(4, 1)
         nn.init.ones_(model.weight), nn.init.zeros_(model.bias)
-        settings = Settings(steps=3, lr=0.1, optimizer="sgd", accumulate=accumulate)
+        settings = Settings(steps=3, lr=0.1, optimizer="sgd", accumulate=accumulate, grad_clip=None)
         log = fit(model, lambda b, m=model: {"squares": (m(b[0]) - b[1]).square().mean()}, batches, settings)
         models.append((model, log))
     (whole, one), (parts, two) = models
@@ -801,6 +809,39 @@ def test_missing_fields_are_named():
         short().apply(encoder, iter(records))
     with pytest.raises(ValueError, match="batch_size=32 does not fit 16 records"):
         short(batch_size=32).apply(encoder, records)
+
+
+def test_a_large_source_is_sampled_without_decoding():
+    read = []
+
+    class Column:
+        def __init__(self, chosen: range):
+            self.chosen = chosen
+
+        def __len__(self) -> int:
+            return len(self.chosen)
+
+        def __getitem__(self, index: slice) -> Column:
+            return Column(self.chosen[index])
+
+        def column(self, key: str) -> list[Any]:
+            read.extend(self.chosen)
+            return [None if place == 2500 else key for place in self.chosen]
+
+    found = dict(cheap_column(Column(range(5000)), "caption"))
+    assert read == list(found) == list(range(0, 5000, 5))
+    assert found[2500] is None
+    assert found[0] == "caption"
+    assert list(cheap_column([{"id": "a"}, {}], "id")) == [(0, "a"), (1, None)]
+    assert list(cheap_column(Stream([]), "id")) == []
+
+
+def test_records_of_another_source_are_refused(tmp_path):
+    short(steps=1, checkpoints=tmp_path).apply(clip_encoder(), pictures())
+    with pytest.raises(ValueError, match=r"another run .records: "):
+        short(steps=1, checkpoints=tmp_path).apply(clip_encoder(), [{**r, "id": r["id"] + "!"} for r in pictures()])
+    with pytest.raises(ValueError, match=r"another run .objective: .*InfoNCE.* there, .*Sigmoid.* here"):
+        Train(Sigmoid(), steps=1, batch_size=8, lr=1e-3, checkpoints=tmp_path).apply(clip_encoder(), pictures())
 
 
 # -- objectives that want more -----------------------------------------------------------------------------------------

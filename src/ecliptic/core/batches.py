@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -280,10 +280,7 @@ def check(pairs: Pairs | None, objective: Objective, custom: bool) -> None:
     if "text" in objective.needs:
         wanted.append(("caption",))
     wanted += [(field,) for field in getattr(objective, "fields", ())]
-    if isinstance(pairs, list | tuple):
-        records: Iterable[Record] = pairs
-    else:
-        records = _first(pairs)
+    records = pairs if isinstance(pairs, list | tuple) else _first(pairs)
     for place, record in enumerate(records):
         for names in wanted:
             if all(record.get(field) is None for field in names):
@@ -294,11 +291,21 @@ def check(pairs: Pairs | None, objective: Objective, custom: bool) -> None:
                 )
         if "text" in objective.needs and not isinstance(record["caption"], str):
             raise ValueError(f"record {place}: 'caption' must be a string, not {record['caption']!r}")
-    column = getattr(pairs, "column", None)
-    if column is not None and "text" in objective.needs:
-        for place, caption in enumerate(column("caption")):
+    if "text" in objective.needs:
+        for place, caption in cheap_column(pairs, "caption"):
             if not isinstance(caption, str):
                 raise ValueError(f"record {place} has no 'caption', which Train({name}) needs (it is {caption!r})")
+
+
+def cheap_column(pairs: Pairs, key: str, most: int = 1000) -> Iterator[tuple[int, Any]]:
+    """(position, `record[key]`) of up to `most` records spread evenly over the source; nothing where that would decode."""
+    if not isinstance(pairs, Sized):
+        return
+    step = -(-len(pairs) // most)
+    if isinstance(pairs, list | tuple):
+        yield from ((place, pairs[place].get(key)) for place in range(0, len(pairs), step))
+    elif hasattr(pairs, "column"):
+        yield from zip(range(0, len(pairs), step), cast(Any, pairs)[::step].column(key))
 
 
 def _first(pairs: Pairs) -> list[Record]:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ecliptic.core import checkpoint
-from ecliptic.core.batches import Augment, Batch, Indexed, Streamed, check, collate, prefetch
+from ecliptic.core.batches import Augment, Batch, Indexed, Streamed, cheap_column, check, collate, prefetch
 from ecliptic.core.contracts import ModelStep, Objective, Pairs, Record
 from ecliptic.core.progress import Progress
 
@@ -721,17 +721,11 @@ def describe(objective: Objective) -> dict[str, Any]:
 
 
 def _records(pairs: Pairs) -> list[int] | None:
-    """How many records there are, and a checksum of their ids where these can be had without decoding."""
+    """How many records there are, and a checksum of some of their ids, where these can be had without decoding."""
     if not isinstance(pairs, Sized):
         return None
-    column = getattr(pairs, "column", None)
-    if column is not None:
-        ids = column("id")
-    elif isinstance(pairs, list | tuple):
-        ids = [record.get("id") for record in pairs]
-    else:
-        ids = []
-    return [len(pairs), zlib.crc32("\n".join(map(str, ids)).encode())]
+    ids = [str(id) for _, id in cheap_column(pairs, "id")]
+    return [len(pairs), zlib.crc32("\n".join(ids).encode())]
 
 
 def _bound(objective: Objective, encoder: HFEncoder) -> tuple[Objective, nn.Module]:
