@@ -1,0 +1,98 @@
+"""Records to shots: views that depend on nothing but themselves, folds that leak nothing, labels that are checked."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import tensor
+
+from ecliptic.core.preprocess import ImagePreprocess
+from ecliptic.data.records import Records
+from ecliptic.data.shots import check_classes, encode_shots, encode_views, folds_of, label_map, labels_of, tiny_records
+from tests.towers import FAMILIES, clip_encoder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_views_are_of_the_right_pictures_in_the_right_order(family):
+    encoder, records = FAMILIES[family](), tiny_records()
+    plain, views = encode_views(encoder, records, 3, seed=1)
+    assert torch.equal(plain, encoder.encode_images([r["image"] for r in records]))
+    assert views.shape == (3, 12, encoder.dim)
+    for i in (0, 7):  # alone, a picture has the same views as in company
+        alone, own = encode_views(encoder, [records[i]], 3, seed=1)
+        torch.testing.assert_close(own[:, 0], views[:, i])
+        torch.testing.assert_close(alone[0], plain[i])
+    assert (views[0] - views[1]).abs().max() > 1e-3
+    other = encode_views(encoder, records, 3, seed=2)[1]
+    assert (views - other).abs().max() > 1e-3
+    assert encode_views(encoder, records)[1] is None
+
+
+def test_views_go_past_the_encoders_own_crop():
+    encoder = clip_encoder()
+    wide = clip_encoder()
+    wide.transform = ImagePreprocess(shortest=40, crop=(32, 32))  # resizes to 40, keeps the middle 32
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 50, 3), dtype=np.uint8))
+    records = [{"id": "a", "image": picture}]
+    torch.testing.assert_close(encode_views(wide, records, 2)[1], encode_views(encoder, records, 2)[1])
+    assert (encode_views(wide, records)[0] - encode_views(encoder, records)[0]).abs().max() > 1e-4
+
+
+def test_pictures_are_decoded_once_for_all_views(tmp_path):
+    asked = []
+
+    def get(i):
+        asked.append(i)
+        return {"id": str(i), "image": Image.new("RGB", (40, 40), (i * 40, 0, 0)), "label": "ab"[i % 2]}
+
+    shots = encode_shots(clip_encoder(), Records(4, get, name="counted"), views=5)
+    assert shots.views.shape == (5, 4, 24)
+    assert len(asked) <= 8  # the labels, then the pictures
+    tiny_records()[0]["image"].save(tmp_path / "a.png")
+    from_file = encode_views(clip_encoder(), [{"id": "tiny-0", "image": tmp_path / "a.png"}], 2)
+    in_memory = encode_views(clip_encoder(), tiny_records()[:1], 2)
+    assert torch.equal(from_file[1], in_memory[1])
+
+
+def test_labels_by_name():
+    names, labels = labels_of(tiny_records()[:4])
+    assert (names, labels.tolist()) == (("blue", "green", "red"), [2, 1, 0, 2])
+    names, labels = labels_of(tiny_records()[:4], ("red", "green", "blue", "pink"))
+    assert (names, labels.tolist()) == (("red", "green", "blue", "pink"), [0, 1, 2, 0])
+    assert labels_of([{"label": 3}, {"label": 10}])[0] == ("10", "3")
+
+
+def test_validation_uses_the_same_numbers():
+    shots = encode_shots(clip_encoder(), tiny_records()[:6], tiny_records()[6:8], views=0)
+    assert shots.classes == ("blue", "green", "red")
+    assert shots.validation[1].tolist() == [2, 1]
+    assert shots.validation[0].shape == (2, 24)
+    assert shots.views is None
+
+
+def test_folds_are_stratified_and_never_hold_out_a_lone_sample():
+    labels = tensor([0] * 7 + [1] * 4 + [2] * 2 + [3])
+    fold = folds_of(labels, 4)
+    assert fold[-1] == -1
+    for k in range(4):
+        train = labels[fold != k]
+        assert set(train.tolist()) == {0, 1, 2, 3}  # every class can still be learnt
+    assert torch.bincount(fold[:7], minlength=4).tolist() == [2, 2, 2, 1]
+    assert sorted(fold[7:11].tolist()) == [0, 1, 2, 3]
+    assert sorted(fold[11:13].tolist()) == [0, 1]
+    assert torch.equal(fold, folds_of(labels, 4))
+    assert not torch.equal(fold, folds_of(labels, 4, seed=1))
+    assert (folds_of(labels, 1) == -1).all()
+
+
+def test_label_map_selects_and_orders():
+    chosen = label_map(("a", "b", "c"), ("c", "a"))
+    assert chosen.tolist() == [[0, 1], [0, 0], [1, 0]]
+    assert (tensor([[1.0, 2.0, 3.0]]) @ chosen).tolist() == [[3.0, 1.0]]
+
+
+def test_class_names():
+    with pytest.raises(ValueError, match="list of names, not the one string 'cat'"):
+        check_classes("cat")
+    with pytest.raises(ValueError, match=r"one class only \(none\)"):
+        check_classes([])
