@@ -206,6 +206,15 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[Any], c
         assert len(inside) == 1 or path.stat().st_size <= size + 2 * tarfile.RECORDSIZE
 
 
+def test_shards_stay_below_the_byte_limit(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8)  # some 30 kB that do not pack
+    records = Records.from_list({"id": str(i), "image": Image.fromarray(noise)} for i in range(7))
+    sample = len(noise.tobytes()) + 3000
+    for limit, expected in ((3 * sample, [3, 3, 1]), (2 * sample, [2, 2, 2, 1]), (1, [1] * 7)):
+        paths = write_shards(records, tmp_path / str(limit), max_bytes=limit)
+        assert [len(index(path)) for path in paths] == expected
+
+
 def test_masks_arrays_and_stored_files(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"")
     Image.new("RGB", (9, 9), "red").save(tmp_path / "a.jpg")

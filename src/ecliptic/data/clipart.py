@@ -69,7 +69,7 @@ def load(record: Record) -> Record:
     try:
         return {**record, "image": open_image(copy)}
     except ImageError:
-        picture = open_image(path, fast=True)
+        picture = open_image(path, fast=True, max_pixels=12_000_000)
     picture.thumbnail((2048, 2048), reducing_gap=3)
     with contextlib.suppress(OSError), atomic_file(copy) as handle:
         picture.save(handle, "PNG")

@@ -67,7 +67,7 @@ def open_image(source: Source, *, fast: bool = False, min_side: int = 224, max_p
     257; 32-bit integer and float grey scaled (see `to_rgb`); the first frame of an animation. Colour profiles are
     ignored.
     fast: let the JPEG decoder shrink by 2, 4 or 8 while both sides stay >= `min_side`; several times faster on large
-        photographs, pixels differ slightly from a full decode. An 8-bit PNG of up to 16 times `max_pixels` is read in
+        photographs, pixels differ slightly from a full decode. A larger 8-bit PNG (up to 1.4 gigapixels) is read in
         strips and shrunk until it fits. Nothing else is affected.
     max_pixels: refuse pictures with more (after shrinking); Pillow's global limit plays no part.
     """
@@ -87,7 +87,7 @@ def open_with_alpha(
             _draft(image, min_side)
         pixels = image.width * image.height
         try:
-            if fast and image.format == "PNG" and max_pixels < pixels <= 16 * max_pixels:
+            if fast and image.format == "PNG" and max_pixels < pixels <= 16 * max(max_pixels, MAX_PIXELS):
                 image = _shrunk_png(handle, math.ceil(math.sqrt(pixels / max_pixels)))
             elif pixels > max_pixels:
                 size = f"{image.width} x {image.height} is {pixels:,} pixels"
@@ -245,7 +245,7 @@ def _draft(image: Image.Image, min_side: int) -> None:
         image.draft(None, (width, height))
 
 
-_STRIP = 16 << 20  # bytes of a huge PNG decoded at a time
+_STRIP = 4 << 20  # bytes of a huge PNG decoded at a time
 
 
 def _shrunk_png(handle: IO[bytes], factor: int) -> Image.Image:
@@ -284,7 +284,7 @@ def _shrunk_png(handle: IO[bytes], factor: int) -> Image.Image:
                 if kind != b"IDAT":
                     raise ValueError("the image file is truncated")
                 continue
-            part = handle.read(min(length, 1 << 16))
+            part = handle.read(min(length, 1 << 12))
             if not part:
                 raise ValueError("the image file is truncated")
             length -= len(part)
