@@ -120,6 +120,8 @@ def test_map_is_lazy_and_decodes_only_what_it_touches(pictures: tuple[Records, l
     assert copied.column("image")[3].endswith("3.png")
     assert opened == []
     assert copied[3]["image"].getpixel((0, 0)) == (3, 0, 0)
+    assert records.map(lambda record: {"id": "x", "red": record["image"].getpixel((0, 0))[0]}).column("red")[3] == 3
+    assert records.filter(lambda record: record["image"].getpixel((0, 0))[0] > 3).ids == ["r4", "r5"]
     inverted = records.map(lambda record: {**record, "image": record["image"].point(lambda value: 255 - value)})
     assert inverted[3]["image"].getpixel((0, 0)) == (252, 255, 255)
     assert records.map(lambda record: {**record, "size": record["image"].size}).column("size") == [(4, 4)] * 6
