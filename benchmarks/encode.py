@@ -106,7 +106,7 @@ def main() -> None:
                     lambda t=texts, p=padding: peer_texts(encoder, t, p),
                     rounds=rounds,
                     difference=difference,
-                )  # fmt: skip
+                )
             )
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8)) for _ in range(16)]
@@ -121,7 +121,7 @@ def main() -> None:
             lambda: peer_images(encoder, processor, pictures),
             rounds=rounds,
             difference=difference,
-        )  # fmt: skip
+        )
     )
     pixels = encoder.preprocess(pictures)
 

@@ -221,9 +221,9 @@ def _is_path(image: Any) -> bool:
 
 def _picture(image: Any) -> Any:
     if _is_path(image):
-        from ecliptic.core.encoder import _open
+        from ecliptic.core.encoder import open_picture
 
-        return _open(image)
+        return open_picture(image)
     return image
 
 

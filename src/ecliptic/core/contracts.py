@@ -54,12 +54,18 @@ class Features:
 
 
 class Views(dict[str, Features]):
-    """The features an objective asked for, by name, with the model's `scale` (1/temperature) and additive `bias`."""
+    """The features an objective asked for, by name, with the model's `scale` (1/temperature) and additive `bias`.
 
-    def __init__(self, features: Mapping[str, Features], scale: Tensor, bias: Tensor | None = None):
+    groups: (B,) int64, equal exactly where two pairs have the same caption (then neither is the other's negative), or None.
+    """
+
+    def __init__(
+        self, features: Mapping[str, Features], scale: Tensor, bias: Tensor | None = None, groups: Tensor | None = None
+    ):
         super().__init__(features)
         self.scale = scale
         self.bias = bias
+        self.groups = groups
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,12 @@ class DataStep(ABC):
 
 
 class Objective(ABC):
-    """A loss. It sees features, not a model, and gives the same gradient under one process or many."""
+    """A loss. It sees features, not a model, and gives the same gradient under one process or many.
+
+    Beyond `encode` and `terms` the trainer looks for three optional names: `fields`, further record fields to put in the
+    batch; `collate(encoder, records) -> batch`, in place of the default one; `bind(encoder) -> objective`, to size learnt
+    parts. An objective that is also an `nn.Module` has its own parameters trained, on a copy.
+    """
 
     needs: ClassVar[frozenset[str]] = frozenset({"image", "text"})
 

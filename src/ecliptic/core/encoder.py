@@ -353,7 +353,7 @@ class HFEncoder(Encoder):
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        read = decode or _open
+        read = decode or open_picture
         failed: dict[int, Exception] = {}
         rows: list[Tensor] = []
 
@@ -610,7 +610,7 @@ def _by_length(rows: Sequence[tuple[int, ...]], size: int) -> Iterator[tuple[int
             start = end
 
 
-def _open(item: Any) -> Image.Image:
+def open_picture(item: Any) -> Image.Image:
     if isinstance(item, Image.Image):
         return item
     with Image.open(item) as image:

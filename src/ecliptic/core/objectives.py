@@ -16,8 +16,7 @@ def same_caption(views: Views) -> Tensor | None:
 
     The trainer sets `views.groups`, (B,) int64, equal exactly where the captions are.
     """
-    groups: Tensor | None = getattr(views, "groups", None)
-    return None if groups is None else duplicates(groups)
+    return None if views.groups is None else duplicates(views.groups)
 
 
 @dataclass(frozen=True)

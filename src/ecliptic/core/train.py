@@ -647,7 +647,7 @@ class Train(Settings, ModelStep):
         def loss(batch: Batch) -> dict[str, Tensor]:
             views = objective.encode(student, batch)
             if "group" in batch:
-                views.groups = batch["group"]  # type: ignore[attr-defined]
+                views.groups = batch["group"]
             return objective.terms(views)
 
         indexed = hasattr(pairs, "__len__") and hasattr(pairs, "__getitem__")
