@@ -120,6 +120,17 @@ def test_paths_are_read_as_pictures(tmp_path):
     assert torch.equal(encoder.encode_images(sorted(tmp_path.iterdir())), encoder.encode_images(images))
 
 
+def test_files_open_upright_and_on_white(tmp_path):
+    from ecliptic.core.encoder import open_picture
+
+    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert open_picture(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    turned = Image.new("RGB", (4, 2))
+    turned.getexif()[0x0112] = 6  # turn by a quarter
+    turned.save(tmp_path / "turned.jpg", exif=turned.getexif())
+    assert open_picture(tmp_path / "turned.jpg").size == (2, 4)
+
+
 def test_a_bad_picture_is_raised_or_noted(tmp_path):
     encoder = clip_encoder()
     (tmp_path / "bad.png").write_bytes(b"nothing")

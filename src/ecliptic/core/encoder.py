@@ -611,11 +611,18 @@ def _by_length(rows: Sequence[tuple[int, ...]], size: int) -> Iterator[tuple[int
 
 
 def open_picture(item: Any) -> Image.Image:
+    """A picture as it is, anything else opened as a file: upright, in RGB, on white where it is transparent.
+
+    `ecliptic.data.images.open_image` does the same for files of any quality; pass it as `decode`.
+    """
     if isinstance(item, Image.Image):
         return item
     with Image.open(item) as image:
-        turned = ImageOps.exif_transpose(image)
-        return turned.convert("RGB")
+        upright = ImageOps.exif_transpose(image)
+        if not upright.has_transparency_data:
+            return upright.convert("RGB")
+        upright = upright.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
 
 
 def _ahead(work: Callable[[Any], Any], items: Iterable[Any], workers: int, bound: int) -> Iterator[Any]:
