@@ -469,7 +469,7 @@ def test_evaluate_folder_and_table(cli, model, pictures, tmp_path):
 
 
 def test_embed_writes_rows_beside_their_metadata(cli, model, pictures, tmp_path, monkeypatch):
-    (pictures / "cat" / "torn.png").write_bytes(b"torn")
+    (pictures / "cat" / "0a.png").write_bytes(b"torn")  # in the middle of a shard
     (pictures / "dog" / "0.txt").write_text("a dog")
     out = tmp_path / "out"
     command = ["embed", pictures, "--out", out, "--model", model, "--shard", 5, "--dtype", "float32", "--json"]
@@ -480,7 +480,7 @@ def test_embed_writes_rows_beside_their_metadata(cli, model, pictures, tmp_path,
     lines = [json.loads(line) for text in metadata for line in text.splitlines()]
     assert [line["label"] for line in lines] == ["cat"] * 4 + ["dog"] * 4 + ["fish"] * 4
     np.testing.assert_allclose(rows, load(model).encode_images([line["path"] for line in lines]).numpy(), atol=1e-6)
-    assert json.loads((out / "errors.jsonl").read_text())["id"] == "cat/torn.png"
+    assert json.loads((out / "errors.jsonl").read_text())["id"] == "cat/0a.png"
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.npy")}
 
     assert json.loads(cli(*command).stdout)["resumed"] == 3

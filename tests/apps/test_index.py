@@ -193,6 +193,18 @@ def test_two_files_that_swap_their_names(tmp_path):
         assert content(index) == expected(tmp_path)
 
 
+def test_bytes_that_come_back_under_another_name(tmp_path):
+    """What a path held before it changed must not stand for those bytes any more."""
+    write(tmp_path / "a.png", "first")
+    with fresh(tmp_path) as index:
+        index.add(tmp_path, FakeEmbedder())
+        write(tmp_path / "a.png", "second", age=50)
+        index.add(tmp_path, FakeEmbedder())
+        write(tmp_path / "b.png", "first")
+        index.add(tmp_path, FakeEmbedder())
+        assert content(index) == expected(tmp_path)
+
+
 def test_a_mended_picture_is_tried_again(tmp_path):
     write(tmp_path / "a.png", "bad")
     with fresh(tmp_path) as index:
@@ -350,6 +362,11 @@ class Changes(RuleBasedStateMachine):
         if (self.folder / old).exists():
             (self.folder / new).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / old).rename(self.folder / new)
+
+    @rule(name=names, text=texts)
+    def put_and_add(self, name, text):
+        self.put(name, text)
+        self.add(100, 8)
 
     @rule(name=names)
     def touch(self, name):
@@ -670,6 +687,20 @@ def test_a_full_disk_under_the_catalogue_rolls_back(tmp_path, monkeypatch):
                 index.add(tmp_path, FakeEmbedder())
         assert content(index) == before
         index.add(tmp_path, FakeEmbedder())
+        assert content(index) == expected(tmp_path)
+
+
+def test_rows_that_were_never_committed_are_cut_off(tmp_path):
+    for i in range(4):
+        write(tmp_path / f"{i}.png", f"{i}")
+    with fresh(tmp_path) as index:
+        index.add(tmp_path, FakeEmbedder())
+        file = tmp_path / ".ecliptic/vectors-0.f16"
+        with file.open("ab") as vectors:
+            vectors.write(b"x" * 777)  # as a killed run leaves them
+        assert content(index) == expected(tmp_path)
+        index.add(tmp_path, FakeEmbedder())
+        assert file.stat().st_size == 4 * DIM * 2
         assert content(index) == expected(tmp_path)
 
 
