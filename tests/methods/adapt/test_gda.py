@@ -476,6 +476,8 @@ def test_bad_records_are_named_before_any_picture_is_opened():
         (Gda(classes=("x", "y", "z")), records, "no pictures of 'z'"),
         (Gda(classes="xy"), records, "list of names"),
         (Gda(shrinkage="none"), records, "shrinkage must be one of ks"),
+        (Gda(templates="photos"), records, "no template set 'photos'"),
+        (GdaNewClasses(new_classes=("z",), templates=()), records, "there are no templates"),
         (Gda(views=-1), records, "views must be 0 or more"),
         (GdaNewClasses(), records, "needs new_classes="),
         (GdaUnlabelled(), records, "needs classes="),

@@ -21,7 +21,7 @@ from torch import Tensor
 from ecliptic.core.contracts import Pairs, Prediction, Predictor, Record
 from ecliptic.core.encoder import Encoder
 from ecliptic.core.method import Paper, method
-from ecliptic.core.zeroshot import zero_shot_head
+from ecliptic.core.zeroshot import template_set, zero_shot_head
 from ecliptic.data.shots import (
     check_classes,
     check_features,
@@ -46,7 +46,6 @@ from ecliptic.ops.gaussian import (
 GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)  # released code, `main_few_shots.py`
 USUAL_ALPHA = 1.0  # the weight the released few-shot logs choose most often; ours where nothing can be validated
 ESTIMATORS = (*SHRINKAGES, "mean_pinv")
-TEMPLATES = ("a photo of a {}.",)
 CROP = (0.5, 1.0)  # share of the area an augmented view keeps, released code
 
 
@@ -110,7 +109,7 @@ class Gda(_TextAndGaussian):
     """
 
     classes: tuple[str, ...] | None = None  # names in the order wanted; None: the labels found, sorted
-    templates: tuple[str, ...] = TEMPLATES
+    templates: str | tuple[str, ...] = "photo"  # as `core.zeroshot.zero_shot_head` takes them
     shrinkage: str = "ks"  # or pinv, ledoit_wolf, oas, graphical_lasso, identity, mean_pinv
     alpha: float | None = None  # None: the best of `grid` on validation pictures
     grid: tuple[float, ...] = GRID
@@ -121,6 +120,7 @@ class Gda(_TextAndGaussian):
 
     def fit(self, encoder: Encoder, pairs: Pairs, validation: Pairs | None = None) -> Self:
         """Learn from records with `image` and `label`; choose alpha on `validation`, or by cross-validation."""
+        template_set(self.templates)  # what is wrong is said before any picture is opened
         if self.shrinkage not in ESTIMATORS:
             raise ValueError(f"shrinkage must be one of {', '.join(ESTIMATORS)}, not {self.shrinkage!r}")
         shots = encode_shots(
@@ -218,7 +218,7 @@ class GdaNewClasses(_TextAndGaussian):
 
     new_classes: tuple[str, ...] = ()
     classes: tuple[str, ...] | None = None  # base classes; None: the labels found, sorted
-    templates: tuple[str, ...] = TEMPLATES
+    templates: str | tuple[str, ...] = "photo"  # as `core.zeroshot.zero_shot_head` takes them
     neighbours: int = 64  # base features that stand for a new class; released `main_base2new.py`
     copies: int = 16  # how often its text vector is counted among them; same source
     alpha: float | None = None
@@ -231,6 +231,7 @@ class GdaNewClasses(_TextAndGaussian):
         """Learn from labelled records of the base classes."""
         if not self.new_classes:
             raise ValueError("GdaNewClasses needs new_classes=: the names of the classes to make a classifier for")
+        template_set(self.templates)
         shots = encode_shots(
             encoder, pairs, validation, classes=self.classes, views=self.views, seed=self.seed, crop=CROP
         )
@@ -311,7 +312,7 @@ class GdaUnlabelled(_TextAndGaussian):
     """
 
     classes: tuple[str, ...] = ()
-    templates: tuple[str, ...] = TEMPLATES
+    templates: str | tuple[str, ...] = "photo"  # as `core.zeroshot.zero_shot_head` takes them
     alpha: float | None = None  # None: N / d
     rounds: int = 20
     tolerance: float = 1e-4  # stop once no responsibility moves by more
@@ -322,8 +323,8 @@ class GdaUnlabelled(_TextAndGaussian):
             raise ValueError(
                 "GdaUnlabelled needs classes=: the names of two or more classes, since there are no labels"
             )
-        features, _ = encode_views(encoder, pairs)
         text = _text_head(encoder, self.classes, self.templates)
+        features, _ = encode_views(encoder, pairs)
         self.fit_features(features, text, scale=encoder.scale, logit_bias=encoder.bias)
         self.encoder_ = encoder
         return self
@@ -421,10 +422,8 @@ def unlabelled_classifier(
     for done in range(1, rounds + 1):
         responsibilities = log_r.exp()
         means = log_r.softmax(0).T @ features  # sum_i r_ik f_i / sum_i r_ik, in a form that cannot be 0 / 0
-        squares = (features.T @ features) / len(features)
-        cross = (responsibilities.T @ features).T @ means / len(features)
-        weighted = (means.T * responsibilities.sum(0)) @ means / len(features)
-        cov = squares - cross - cross.T + weighted  # mean_i sum_k r_ik (f_i - mu_k)(f_i - mu_k)'
+        # mean_i sum_k r_ik (f_i - mu_k)(f_i - mu_k)', whose mixed terms are those of the means
+        cov = (features.T @ features - (means.T * responsibilities.sum(0)) @ means) / len(features)
         cov = (cov + cov.T) / 2
         flat = cov.trace() <= 1e-12 * features.square().mean() * features.shape[1]
         head = discriminant(means, precision(features, "identity") if flat else ks_precision(cov, len(features)))
@@ -480,8 +479,8 @@ def _is_flat(deviations: Tensor, features: Tensor) -> bool:
     return bool(deviations.square().sum() <= 1e-24 * features.double().square().sum())
 
 
-def _text_head(encoder: Any, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    return zero_shot_head(encoder, names, templates).cpu()
+def _text_head(encoder: Any, names: Sequence[str], templates: str | Sequence[str]) -> Tensor:
+    return zero_shot_head(encoder, names, templates)
 
 
 def _scalar(value: Tensor | float) -> Tensor:
