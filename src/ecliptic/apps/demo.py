@@ -56,6 +56,9 @@ class Query(NamedTuple):
     text: str
     right: str
 
+    def accepts(self, description: str) -> bool:
+        return re.search(rf"\b({self.right})\b", description, re.IGNORECASE) is not None
+
 
 QUERIES = (
     Query("a cup of coffee", "coffee|espresso"),
@@ -271,8 +274,7 @@ def gather(folder: Path, stamps: Records | None) -> dict[str, str]:
 
 
 def _right(demo: Demo, query: Query, hit: Hit) -> bool:
-    words = demo.descriptions.get(hit.path, "")
-    return re.search(rf"\b({query.right})\b", words, re.IGNORECASE) is not None
+    return query.accepts(demo.descriptions.get(hit.path, ""))
 
 
 def _shown(demo: Demo, hit: Hit, good: bool | None) -> Picture:

@@ -24,6 +24,8 @@ def topk(query: Array, vectors: Array, k: int, rows: Array | None = None) -> tup
         raise ValueError(f"the query has shape {query.shape}, the index holds vectors of {vectors.shape[1]}")
     if not np.isfinite(query).all():
         raise ValueError("the query vector is not finite")
+    if rows is not None and len(rows) == len(vectors):
+        rows = None  # all of them: slices are read straight from the map
     total = len(vectors) if rows is None else len(rows)
     if total == 0 or k <= 0:
         return np.empty(0, np.int64), np.empty(0, np.float64)

@@ -153,10 +153,7 @@ class Index:
         if not norm > 0:
             raise ValueError("the query vector is zero or not a number")
         with self._view() as (_, vectors):
-            clause, values = self._filter(glob, where)
-            allowed = np.array(
-                [row for (row,) in self._store.select("row", clause + " ORDER BY row", values)], np.int64
-            )
+            allowed = self._allowed(glob, where)
             found, scores = exact.topk(query / norm, vectors, k, allowed)
             described = self._describe(found.tolist())
         ranked = zip(found.tolist(), scores.tolist(), strict=True)
@@ -235,6 +232,14 @@ class Index:
                     continue  # a compaction switched files between the two looks
                 yield state, vectors
                 return
+
+    def _allowed(self, glob: str | None, where: Mapping[str, Any] | None) -> Array:
+        """Rows that may be answered with, ascending."""
+        if glob is None and not where:
+            return self._store.live_rows()
+        clause, values = self._filter(glob, where)
+        rows = self._store.select("row", clause + " ORDER BY row", values)
+        return np.array(rows, np.int64).reshape(-1)
 
     def _filter(self, glob: str | None, where: Mapping[str, Any] | None) -> tuple[str, list[Any]]:
         clauses, values = ["status = 'ok'"], list[Any]()

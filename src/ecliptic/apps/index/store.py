@@ -81,6 +81,7 @@ class Store:
         self.folder = folder
         self._database = self._connect()
         self._mapped: tuple[int, int, Array] | None = None
+        self._live: tuple[tuple[int, int], Array] | None = None
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -172,6 +173,14 @@ class Store:
     def select(self, columns: str, where: str = "", values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """Rows of the catalogue. `columns` and `where` are ours; whatever a user typed goes into `values`."""
         return self._database.execute(f"SELECT {columns} FROM items {where}", values).fetchall()
+
+    def live_rows(self) -> Array:
+        """Rows that some picture owns, ascending, (n,) int64; kept until anybody commits."""
+        version = (self._database.execute("PRAGMA data_version").fetchone()[0], self._database.total_changes)
+        if self._live is None or self._live[0] != version:
+            found = self._database.execute("SELECT row FROM items WHERE row IS NOT NULL ORDER BY row").fetchall()
+            self._live = (version, np.array(found, np.int64).reshape(-1))
+        return self._live[1]
 
     def items(self, where: str = "", values: Sequence[Any] = ()) -> list[Item]:
         return [Item(*row) for row in self.select(", ".join(Item._fields), where, values)]
