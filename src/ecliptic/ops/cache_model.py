@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 ALPHAS = tuple(0.1 + 2.495 * i for i in range(21))  # 0.1 to 50, the official search
-BETAS = tuple(0.1 * 10 ** (i / 10) for i in range(41))  # 0.1 to 1000: weak encoders crowd their features, official 0.1 to 50
+# 0.1 to 1000. The official search ends at 50; weak encoders crowd their features, and Tip-Adapter then needs sharper votes.
+BETAS = tuple(0.1 * 10 ** (i / 10) for i in range(41))
 
 
 def cache_keys(views: Tensor) -> Tensor:
