@@ -20,6 +20,7 @@ from ecliptic.apps.adaptation import Adapted, adapt, predictor
 from ecliptic.apps.index import Hit, Index
 from ecliptic.apps.index.towers import TowerEmbedder
 from ecliptic.data.debian import SourceUnavailable
+from ecliptic.data.folder import folder
 from ecliptic.data.images import open_image
 from ecliptic.data.photos import photos
 from ecliptic.data.records import Records
@@ -115,6 +116,8 @@ TEXTILE_WORDS = {
     "global": "textile with a changed weave",
 }
 
+STAMP_WORDS = {"naturalforces": "natural force"}
+
 
 @dataclass
 class Demo:
@@ -181,15 +184,15 @@ def run(
 
 
 def _find(demo: Demo) -> Section:
-    folder = demo.work / "pictures"
-    demo.descriptions = gather(folder, demo.stamps)
+    top = demo.work / "pictures"
+    demo.descriptions = gather(top, demo.stamps)
     demo.say(f"indexing {len(demo.descriptions)} pictures")
     embedder = TowerEmbedder(demo.encoder)
-    place = folder / ".ecliptic"
+    place = top / ".ecliptic"
     shutil.rmtree(place, ignore_errors=True)  # a demonstration measures from nothing
     start = time.perf_counter()
-    with Index.create(place, embedder.signature, root=folder, source=demo.model) as index:
-        change = index.add(folder, embedder)
+    with Index.create(place, embedder.signature, root=top, source=demo.model) as index:
+        change = index.add(top, embedder)
         seconds = time.perf_counter() - start
         demo.say(f"indexed {len(index)} pictures in {seconds:.1f} s ({len(index) / seconds:.0f} per second)")
         queries = QUERIES + (STAMP_QUERIES if demo.stamps is not None else ())
@@ -197,7 +200,7 @@ def _find(demo: Demo) -> Section:
         began = time.perf_counter()
         answers = [index.search(row, SHOWN) for row in rows]
         each = (time.perf_counter() - began) / len(rows)
-        cat = (folder / "photos" / "chelsea.png").as_posix()
+        cat = (top / "photos" / "chelsea.png").as_posix()
         vector = index.vector(cat)
         assert vector is not None
         like = index.search(vector, SHOWN + 1)
@@ -222,7 +225,7 @@ def _find(demo: Demo) -> Section:
             small=True,
         )
     )
-    top = folder.as_posix()
+    shown = top.as_posix()
     return Section(
         "Find pictures by text",
         f"{len(demo.descriptions)} pictures were indexed in {seconds:.0f} seconds; a query then takes {1000 * each:.1f} ms "
@@ -237,9 +240,9 @@ def _find(demo: Demo) -> Section:
         *galleries,
         Commands(
             [
-                f"ecliptic index {top}{demo.flag}",
-                f'ecliptic search "a cup of coffee" --index {top}',
-                f"ecliptic search --image {cat} --index {top}",
+                f"ecliptic index {shown}{demo.flag}",
+                f'ecliptic search "a cup of coffee" --index {shown}',
+                f"ecliptic search --image {cat} --index {shown}",
                 "# on your own pictures",
                 'ecliptic index ~/Pictures && ecliptic search "children on a beach" --index ~/Pictures',
             ]
@@ -248,12 +251,12 @@ def _find(demo: Demo) -> Section:
     )
 
 
-def gather(folder: Path, stamps: Records | None) -> dict[str, str]:
+def gather(top: Path, stamps: Records | None) -> dict[str, str]:
     """Copy the pictures to search into one folder, as a user would have them; returns path -> description."""
     described: dict[str, str] = {}
 
     def take(source: Any, name: str, text: str) -> None:
-        target = folder / name
+        target = top / name
         if not target.exists() or target.stat().st_size != Path(source).stat().st_size:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
@@ -411,15 +414,16 @@ def _learn(demo: Demo, shots: int, held_out: int, settings: Mapping[str, Any]) -
         demo.encoder, textiles(), predictor("gda", settings), shots=shots, held_out=held_out, words=TEXTILE_WORDS
     )
     content += _told(demo, "textiles", "Textile inspection: flawless, small defect, changed weave", cloth)
-    names = " ".join(f'--name "{label}={words}"' for label, words in TEXTILE_WORDS.items())
-    commands = [f"ecliptic adapt textiles --shots {shots} --held-out {held_out} {names}{demo.flag}"]
+    commands = [f"ecliptic adapt textiles --shots {shots} --held-out {held_out} {_words(TEXTILE_WORDS)}{demo.flag}"]
     if demo.stamps is not None:
-        records = _categories(demo.stamps, shots)
-        demo.say(f"learning {len(records.classes)} kinds of stamps from {shots} pictures of each")
-        kinds = adapt(demo.encoder, records, predictor("gda", settings), shots=shots, held_out=held_out)
+        place = demo.work / "pictures" / "stamps"
+        demo.say(f"learning the kinds of stamps from {shots} pictures of each")
+        kinds = adapt(
+            demo.encoder, folder(place), predictor("gda", settings), shots=shots, held_out=held_out, words=STAMP_WORDS
+        )
         content += _told(demo, "stamps", f"Sorting stamps into {len(kinds.classes)} kinds", kinds)
         commands.append(
-            f"ecliptic adapt {(demo.work / 'pictures' / 'stamps').as_posix()} --shots {shots} --held-out {held_out}{demo.flag}"
+            f"ecliptic adapt {place.as_posix()} --shots {shots} --held-out {held_out} {_words(STAMP_WORDS)}{demo.flag}"
         )
     commands += [
         "# on a folder of your own with one sub-folder per class",
@@ -461,11 +465,8 @@ def _told(demo: Demo, key: str, title: str, done: Adapted) -> list[Content]:
     return [f"{title}. {done.report.subtitle}. {verdict}", Numbers(dict(numbers)), *figures, *shown]
 
 
-def _categories(stamps: Records, shots: int) -> Records:
-    """Stamps whose top folder holds enough of them to learn from and to be judged on."""
-    labels = stamps.column("label")
-    enough = {label for label in set(labels) if labels.count(label) >= 2 * shots}
-    return stamps.filter(lambda record: record["label"] in enough)
+def _words(words: Mapping[str, str]) -> str:
+    return " ".join(f'--name "{label}={meaning}"' for label, meaning in words.items())
 
 
 # Parts
