@@ -178,6 +178,20 @@ def test_a_shift_keeps_what_it_does_not_shift():
             assert [a[k] for k in ("shape", "colour", "texture")] == [b[k] for k in ("shape", "colour", "texture")]
 
 
+@pytest.mark.parametrize("kind", ["mixed", "video", "defect"])
+def test_a_batch_is_what_indexing_gives(kind):
+    records = scenes("train", 40, 1, 32, kind=kind, clean=True)[5:35][[3, 1, 20]]
+    for one, many in zip(records, records.batch([0, -2, 2]), strict=True):
+        assert one.keys() == many.keys()
+        for key, value in one.items():
+            if key in ("frames", "removed"):
+                assert all(np.array_equal(a, b) for a, b in zip(value, many[key], strict=True))
+            else:
+                assert np.array_equal(value, many[key]) if key != "attributes" else value == many[key]
+    with pytest.raises(IndexError):
+        records.batch([3])
+
+
 def test_columns_are_read_without_drawing(monkeypatch):
     records = scenes("train", 20, label=("colour", "shape"))
     monkeypatch.setattr(package, "render", None)

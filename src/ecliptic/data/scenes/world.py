@@ -158,7 +158,7 @@ class World:
         zipf: exponent of the frequency of (shape, colour, texture) by rank, the same ranking for every seed; 0 is uniform.
         spurious: (source, target, rate): with probability `rate` the target attribute (texture, background, lighting,
         size, position) is the one that belongs to the value of the source (shape, colour or texture), for instance
-        ("shape", "texture", 1.0) ties each shape to one texture.
+        ("shape", "texture", 1.0) ties each shape to one texture. Texture, size and position only where one thing is shown.
     Shift
         size_range: radii in picture widths in place of those of `sizes`. clutter: pieces of low contrast behind things, at
         `clutter_contrast` (fraction of full range). jitter: spread of the colours (fraction of full range). noise: sensor
