@@ -15,19 +15,35 @@ module registers both towers, so that `from_pretrained` rebuilds them from a pla
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import normalize as unit
-from transformers import AutoConfig, AutoModel, BertConfig, BertModel, Dinov2Config, Dinov2Model, PreTrainedConfig
-from transformers import PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    BertModel,
+    Dinov2Config,
+    Dinov2Model,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 # EfficientNet-Lite0: (expansion, channels, blocks, kernel, stride) per stage; arXiv 1905.11946 table 1 without squeeze-excite
 # and swish, as released by the authors for "lite" ("tpu/models/official/efficientnet/lite").
-_LITE0 = ((1, 16, 1, 3, 1), (6, 24, 2, 3, 2), (6, 40, 2, 5, 2), (6, 80, 3, 3, 2), (6, 112, 3, 5, 1), (6, 192, 4, 5, 2), (6, 320, 1, 3, 1))  # fmt: skip
+_LITE0 = (
+    (1, 16, 1, 3, 1),
+    (6, 24, 2, 3, 2),
+    (6, 40, 2, 5, 2),
+    (6, 80, 3, 3, 2),
+    (6, 112, 3, 5, 1),
+    (6, 192, 4, 5, 2),
+    (6, 320, 1, 3, 1),
+)
 _LITE0_WIDTH = 1280
 _LITE0_STRIDE = 32
 
@@ -36,7 +52,7 @@ class JoinedVisionConfig(PreTrainedConfig):
     """Settings of `JoinedVisionModel`. `hidden_size` is the width of the description, not of the transformer inside."""
 
     model_type = "ecliptic-joined-vision"
-    sub_configs = {"backbone_config": Dinov2Config}
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": Dinov2Config}
 
     backbone_config: Any = None
     image_size: int = 224
@@ -66,7 +82,7 @@ class MeanPooledTextConfig(PreTrainedConfig):
     """Settings of `MeanPooledTextModel`. `hidden_size` is the width of the description, not of the transformer inside."""
 
     model_type = "ecliptic-mean-pooled-text"
-    sub_configs = {"backbone_config": BertConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": BertConfig}
 
     backbone_config: Any = None
     memory: int = 1000
@@ -178,7 +194,7 @@ class JoinedVisionModel(PreTrainedModel):
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     _supports_sdpa = True
-    _no_split_modules = ["Dinov2Layer"]
+    _no_split_modules: ClassVar[list[str]] = ["Dinov2Layer"]
 
     def __init__(self, config: JoinedVisionConfig):
         super().__init__(config)
@@ -239,7 +255,10 @@ def resample(maps: Tensor, grid: tuple[int, int], side: int, stride: int) -> Ten
 
     Not `interpolate`, which would stretch the map: the CNN covers the picture's last, partial cell, and the patches may not.
     """
-    x = [((torch.arange(n, device=maps.device) + 0.5) * side / stride / size) * 2 - 1 for n, size in zip(grid, maps.shape[-2:])]
+    x = [
+        ((torch.arange(n, device=maps.device) + 0.5) * side / stride / size) * 2 - 1
+        for n, size in zip(grid, maps.shape[-2:])
+    ]
     rows, columns = torch.meshgrid(x[0], x[1], indexing="ij")
     places = torch.stack([columns, rows], -1).to(maps.dtype).expand(len(maps), -1, -1, -1)
     return F.grid_sample(maps, places, mode="bilinear", padding_mode="border", align_corners=False)
@@ -276,7 +295,7 @@ class MeanPooledTextModel(PreTrainedModel):
     base_model_prefix = "text_model"
     main_input_name = "input_ids"
     _supports_sdpa = True
-    _no_split_modules = ["BertLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["BertLayer"]
 
     def __init__(self, config: MeanPooledTextConfig):
         super().__init__(config)
