@@ -39,11 +39,17 @@ class Tower:
     causal: bool = False
     padded: bool = False
 
-    @property
-    def resizes(self) -> dict[str, Any]:
-        """Keyword arguments that make the tower interpolate its positions, for those that do not do so by themselves."""
-        accepts = "interpolate_pos_encoding" in inspect.signature(self.module.forward).parameters
-        return {"interpolate_pos_encoding": True} if accepts else {}
+    def options(self, *, resized: bool, patches: bool) -> dict[str, Any]:
+        """Keyword arguments of an image tower's call, as far as it knows them.
+
+        resized: interpolate the positions; some towers must be told. patches: whether anybody will read patches or blocks;
+        a tower of several backbones can leave some out if not.
+        """
+        known = inspect.signature(self.module.forward).parameters
+        given: dict[str, Any] = {"interpolate_pos_encoding": True} if resized else {}
+        if not patches:
+            given["patches"] = False
+        return {name: value for name, value in given.items() if name in known}
 
 
 @dataclass(frozen=True)

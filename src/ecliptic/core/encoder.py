@@ -265,10 +265,10 @@ class HFEncoder(Encoder):
         if height < tower.patch or width < tower.patch:
             raise ValueError(f"pixels of {height} x {width} hold no patch of {tower.patch} x {tower.patch}")
         native = getattr(tower.module.config, "image_size", None)
-        resize = tower.resizes if (height, width) != (native, native) else {}
+        options = tower.options(resized=(height, width) != (native, native), patches=patches or bool(layers))
         pooled_token = 0 if tower.prefix and not patches else None  # SigLIP's head reads every patch
         with outputs_of(tower.blocks, layers) as kept, self._last_block(tower, pooled_token):
-            out = tower.module(pixel_values=pixels.to(self.device), **resize)
+            out = tower.module(pixel_values=pixels.to(self.device), **options)
         pooled = out.pooler_output if tower.projection is None else tower.projection(out.pooler_output)
         tokens = self._patch_tokens(out.last_hidden_state) if patches else None
         return Features(
