@@ -102,8 +102,9 @@ def adapt(
     for positions, pictures in batches(test, range(len(test)), 32, errors):
         pixels = encoder.preprocess(pictures)
         with torch.inference_mode():
-            before.append(zero_shot_probabilities(encoder, encoder.images(pixels).pooled.float().cpu(), head).numpy())
-        said = judge.predict(pixels)
+            seen = encoder.images(pixels).pooled.float().cpu()
+        before.append(zero_shot_probabilities(encoder, seen, head).numpy())
+        said = judge.predict_features(seen) if hasattr(judge, "predict_features") else judge.predict(pixels)
         if said.scores is None or said.classes is None:
             raise AdaptationError(f"{type(judge).__name__} gives no class scores, so it cannot be compared by accuracy")
         order = [said.classes.index(name) for name in classes]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ecliptic.apps.adaptation import Adapted, adapt, predictor
 from ecliptic.apps.index import Hit, Index
+from ecliptic.apps.index.scan import absolute
 from ecliptic.apps.index.towers import TowerEmbedder
 from ecliptic.data.debian import SourceUnavailable
 from ecliptic.data.folder import folder
@@ -94,6 +95,19 @@ STAMP_QUERIES = (
     Query("an insect", "insect|beetle|bee|bug|ant|ladybug|fly|wasp|butterfly|dragonfly|grasshopper|mosquito|moth"),
 )
 """Asked where the stamps are there."""
+
+PHOTO_WORDS = {
+    "photographer": "photographer with a camera",
+    "cell": "cell under the microscope",
+    "coffee cup": "cup of coffee",
+    "galaxies": "galaxies in space",
+    "tissue": "tissue under the microscope",
+    "blood vessels": "blood vessels in an eye",
+    "moon": "surface of the moon",
+    "retina": "retina of an eye",
+    "handwriting": "page of handwriting",
+}
+"""Where a label alone would leave open what is meant: what one would say instead."""
 
 OTHER_LABELS = (
     *("dog", "bird", "fish", "elephant", "airplane", "car", "bicycle", "boat", "bridge", "castle", "guitar", "chair"),
@@ -200,7 +214,7 @@ def _find(demo: Demo) -> Section:
         began = time.perf_counter()
         answers = [index.search(row, SHOWN) for row in rows]
         each = (time.perf_counter() - began) / len(rows)
-        cat = (top / "photos" / "chelsea.png").as_posix()
+        cat = top / "photos" / "chelsea.png"
         vector = index.vector(cat)
         assert vector is not None
         like = index.search(vector, SHOWN + 1)
@@ -220,7 +234,7 @@ def _find(demo: Demo) -> Section:
     ]
     galleries.append(
         Gallery(
-            [_shown(demo, hit, None) for hit in like if hit.path != cat][:SHOWN],
+            [_shown(demo, hit, None) for hit in like if Path(hit.path).name != cat.name][:SHOWN],
             "more like the photograph of the cat",
             small=True,
         )
@@ -242,7 +256,7 @@ def _find(demo: Demo) -> Section:
             [
                 f"ecliptic index {shown}{demo.flag}",
                 f'ecliptic search "a cup of coffee" --index {shown}',
-                f"ecliptic search --image {cat} --index {shown}",
+                f"ecliptic search --image {cat.as_posix()} --index {shown}",
                 "# on your own pictures",
                 'ecliptic index ~/Pictures && ecliptic search "children on a beach" --index ~/Pictures',
             ]
@@ -260,7 +274,7 @@ def gather(top: Path, stamps: Records | None) -> dict[str, str]:
         if not target.exists() or target.stat().st_size != Path(source).stat().st_size:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-        described[target.as_posix()] = text
+        described[absolute(target).as_posix()] = text  # as the index names it
 
     shown = photos()
     for path, text in zip(shown.column("image"), shown.column("caption"), strict=True):
@@ -328,15 +342,22 @@ def _measured(demo: Demo, place: Path) -> list[Content]:
 
 
 def _name(demo: Demo) -> Section:
+    import torch
+
     from ecliptic.core.zeroshot import zero_shot_head, zero_shot_probabilities
 
     records = photos()
-    truth = records.column("label")
+    truth = [PHOTO_WORDS.get(label, label) for label in records.column("label")]
     labels = [*truth, *OTHER_LABELS]
     demo.say(f"naming {len(records)} photographs among {len(labels)} labels")
-    head = zero_shot_head(demo.encoder, labels)
-    rows = demo.encoder.encode_images(records.column("image"), decode=open_image)
-    shares = zero_shot_probabilities(demo.encoder, rows, head).numpy()
+    listed = demo.work / "labels.txt"
+    listed.write_text("\n".join(labels) + "\n", encoding="utf-8")
+    top = demo.work / "pictures" / "photos"
+    paths = [top / Path(path).name for path in records.column("image")]
+    with Index.open(top.parent / ".ecliptic") as index:
+        rows = [index.vector(path) for path in paths]  # they have been embedded already
+    seen = torch.stack([torch.from_numpy(row) for row in rows if row is not None])
+    shares = zero_shot_probabilities(demo.encoder, seen, zero_shot_head(demo.encoder, labels)).numpy()
     answers = [labels[int(row.argmax())] for row in shares]
     right = [answer == label for answer, label in zip(answers, truth, strict=True)]
     third = [truth[i] in [labels[j] for j in row.argsort()[::-1][:3]] for i, row in enumerate(shares)]
@@ -344,7 +365,7 @@ def _name(demo: Demo) -> Section:
     demo.say(f"named {sum(right)} of {len(right)} photographs right")
     pictures = [
         Picture(
-            records.column("image")[i],
+            paths[i],
             answers[i],
             score=Number(float(shares[i].max()), unit=FRACTION),
             good=right[i],
@@ -355,17 +376,16 @@ def _name(demo: Demo) -> Section:
     wrong = [f"{truth[i]} (taken for {answers[i]})" for i in range(len(truth)) if not right[i]]
     if wrong:
         demo.trouble.append(f"Photographs that were named wrong: {', '.join(wrong)}.")
-    top = (demo.work / "pictures" / "photos").as_posix()
     return Section(
         "Name pictures by words alone",
-        f"Each photograph gets one of {len(labels)} labels: what the {len(truth)} photographs show, and {len(OTHER_LABELS)} "
-        "things that they do not. Nothing was trained on these labels. The percentage compares the labels with each "
-        "other. Mistakes come first.",
+        f"Each photograph gets one of {len(labels)} labels: what the {len(truth)} photographs show, and "
+        f"{len(OTHER_LABELS)} things that they do not. Nothing was trained on these labels. The percentage compares the "
+        "labels with each other. Mistakes come first.",
         Numbers({"named_right": _fraction(right), "right_among_3": _fraction(third)}),
-        Gallery(pictures, small=True),
+        Gallery(pictures),
         Commands(
             [
-                f'ecliptic classify {top} --labels "{", ".join(labels[:6])}, ..."{demo.flag}',
+                f"ecliptic classify {top.as_posix()} --labels @{listed.as_posix()}{demo.flag}",
                 "# on your own pictures",
                 'ecliptic classify ~/Pictures --labels "receipt, screenshot, people, landscape"',
             ]
@@ -419,11 +439,22 @@ def _learn(demo: Demo, shots: int, held_out: int, settings: Mapping[str, Any]) -
         place = demo.work / "pictures" / "stamps"
         demo.say(f"learning the kinds of stamps from {shots} pictures of each")
         kinds = adapt(
-            demo.encoder, folder(place), predictor("gda", settings), shots=shots, held_out=held_out, words=STAMP_WORDS
+            demo.encoder,
+            folder(place),
+            predictor("gda", {**settings, "views": 0}),
+            shots=shots,
+            held_out=held_out,
+            words=STAMP_WORDS,
         )
-        content += _told(demo, "stamps", f"Sorting stamps into {len(kinds.classes)} kinds", kinds)
+        content += _told(
+            demo,
+            "stamps",
+            f"Sorting stamps into {len(kinds.classes)} kinds, without augmented views to save time",
+            kinds,
+        )
         commands.append(
-            f"ecliptic adapt {place.as_posix()} --shots {shots} --held-out {held_out} {_words(STAMP_WORDS)}{demo.flag}"
+            f"ecliptic adapt {place.as_posix()} --shots {shots} --held-out {held_out} --set views=0 "
+            f"{_words(STAMP_WORDS)}{demo.flag}"
         )
     commands += [
         "# on a folder of your own with one sub-folder per class",
