@@ -110,7 +110,8 @@ def test_picture_description_by_hand(vision: JoinedVisionModel):
         chance = torch.stack([torch.tensor(s).exp() / total for s in scores])
         best = sorted(range(10), key=lambda c: -scores[c])[: config.named_classes]
         names = sum(chance[c] * describe.names.weight[:, c] for c in best)
-        expected = torch.cat([looks, chance.sqrt(), 0.5 * names / names.norm()])
+        rooted = chance.sqrt() - describe.class_centre
+        expected = torch.cat([looks, rooted / rooted.norm(), 0.5 * names / names.norm()])
         assert_close(describe(features), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -131,7 +132,8 @@ def test_sentence_description_by_hand(text: MeanPooledTextModel):
         near = torch.stack([(describe.memory_keys.weight[j] * u).sum() / 0.05 for j in range(7)]).exp()
         looks = sum(near[j] / near.sum() * describe.memory_values.weight[:, j] for j in range(7))
         classes = torch.stack([(describe.class_keys.weight[c] * u).sum() / 0.03 for c in range(10)]).exp()
-        expected = torch.cat([looks / looks.norm(), (classes / classes.sum()).sqrt(), 0.5 * u])
+        rooted = (classes / classes.sum()).sqrt() - describe.class_centre
+        expected = torch.cat([looks / looks.norm(), rooted / rooted.norm(), 0.5 * u])
         assert_close(describe(sentence), expected, rtol=1e-4, atol=1e-5)
 
 

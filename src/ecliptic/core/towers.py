@@ -4,8 +4,9 @@ Neither backbone of the built-in "offline" model was trained with text. Both tow
 unit vectors side by side, in which picture and text meet without further training:
 
 - looks: where the picture lies among the pictures of a memory; a text looks up the pictures whose captions resemble it.
-- classes: the square roots of class probabilities, whose product is the Bhattacharyya coefficient of two distributions;
-  a text's distribution comes from how close it is to each class name.
+- classes: the square roots of class probabilities less their mean over many pictures or texts (without that, every text
+  outside the classes resembles every picture that the classifier is unsure of); a text's probabilities come from how close
+  it is to each class name.
 - names: the average embedding of the names of the likely classes; a text is its own embedding.
 
 `visual_projection` and `text_projection` of the dual encoder then map both descriptions into one joint space. Importing this
@@ -161,6 +162,11 @@ class EfficientNetLite0(nn.Module):
         return F.relu6(self.head(x))
 
 
+def rooted(chance: Tensor, centre: Tensor) -> Tensor:
+    """Probabilities (..., K) -> unit rows: their square roots (finite slope at 0) less `centre`."""
+    return unit((chance + 1e-12).sqrt() - centre, dim=-1)
+
+
 class DescribePicture(nn.Module):
     """CNN features (..., 1280), >= 0, -> description (..., looks + classes + names)."""
 
@@ -169,6 +175,7 @@ class DescribePicture(nn.Module):
         self.classify = nn.Linear(_LITE0_WIDTH, config.num_classes)
         self.looks = nn.Linear(_LITE0_WIDTH, config.looks)  # whitening of the square roots of the features
         self.names = nn.Linear(config.num_classes, config.name_size, bias=False)
+        self.class_centre = nn.Parameter(torch.zeros(config.num_classes))
         self.temperature = config.class_temperature
         self.named = min(config.named_classes, config.num_classes)
         self.weights: Sequence[float] = config.weights
@@ -179,7 +186,7 @@ class DescribePicture(nn.Module):
         classes = (self.classify(features) / self.temperature).softmax(-1)
         least = classes.topk(self.named, dim=-1).values[..., -1:]
         names = unit(self.names(classes * (classes >= least)), dim=-1)
-        return torch.cat([w * x for w, x in zip(self.weights, (looks, (classes + 1e-12).sqrt(), names))], -1)
+        return torch.cat([w * x for w, x in zip(self.weights, (looks, rooted(classes, self.class_centre), names))], -1)
 
 
 class JoinedVisionModel(PreTrainedModel):
@@ -276,6 +283,7 @@ class DescribeSentence(nn.Module):
         self.memory_keys = nn.Linear(width, config.memory, bias=False)
         self.memory_values = nn.Linear(config.memory, config.looks, bias=False)
         self.class_keys = nn.Linear(width, config.num_classes, bias=False)
+        self.class_centre = nn.Parameter(torch.zeros(config.num_classes))
         self.memory_temperature = config.memory_temperature
         self.class_temperature = config.class_temperature
         self.weights: Sequence[float] = config.weights
@@ -284,7 +292,7 @@ class DescribeSentence(nn.Module):
         sentence = unit(sentence, dim=-1)
         looks = self.memory_values((self.memory_keys(sentence) / self.memory_temperature).softmax(-1))
         classes = (self.class_keys(sentence) / self.class_temperature).softmax(-1)
-        found = (unit(looks, dim=-1), (classes + 1e-12).sqrt(), sentence)
+        found = (unit(looks, dim=-1), rooted(classes, self.class_centre), sentence)
         return torch.cat([w * x for w, x in zip(self.weights, found)], -1)
 
 

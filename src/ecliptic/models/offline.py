@@ -162,6 +162,7 @@ class Settings:
     named_classes: int = 20  # most likely classes whose names are averaged
     weights: tuple[float, float, float] = (1.0, 0.7, 0.7)  # of looks, classes, names in the cosine: their squares
     dim: int = 512  # of the joint space
+    centred: bool = True  # classes, on both sides
     emoji: bool = True
     seed: int = 0
 
@@ -324,6 +325,7 @@ def picture_state(head: Mapping[str, Tensor], classify: Mapping[str, Tensor]) ->
         "looks.weight": head["looks.weight"],
         "looks.bias": head["looks.bias"],
         "names.weight": head["class_names"].T.contiguous(),
+        "class_centre": head["picture_centre"],
     }
 
 
@@ -333,6 +335,7 @@ def sentence_state(head: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "memory_keys.weight": head["memory_keys"],
         "memory_values.weight": head["memory_values"].T.contiguous(),
         "class_keys.weight": head["class_names"],
+        "class_centre": head["text_centre"],
     }
 
 

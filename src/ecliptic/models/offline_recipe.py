@@ -96,7 +96,7 @@ def train(folder: Path) -> dict[str, Any]:
     for label, trial in trials(settings):
         table.append({"settings": label, **held_out.recall(trial)})
         _log.warning("%s", table[-1])
-    head = fit(drawings, names, settings, Spectrum.of(drawings.features))
+    head = fit(drawings, names, cnn.classify, settings, Spectrum.of(drawings.features))
     head["projection"] = directions(drawings, head, cnn.classify, settings)[: settings.dim]
     head["logit_scale"] = torch.tensor(held_out.scale(settings)).log()
     half = {"class_names", "memory_keys", "memory_values", "projection", "looks.weight"}
@@ -145,6 +145,7 @@ def trials(settings: Settings) -> list[tuple[str, Settings]]:
         "dim 384": {"dim": 384},
         "dim 768": {"dim": 768},
         "without emoji": {"emoji": False},
+        "classes not centred": {"centred": False},
         "weights 1, 1, 0.5": {"weights": (1.0, 1.0, 0.5)},
         "weights 1, 0.5, 0.7": {"weights": (1.0, 0.5, 0.7)},
         "weights 1, 0.7, 1": {"weights": (1.0, 0.7, 1.0)},
@@ -188,10 +189,17 @@ def _roots(features: Tensor) -> Tensor:
     return (features.clamp_min(0) + 1e-6).sqrt().double()  # as in DescribePicture
 
 
-def fit(drawings: Drawings, names: Tensor, settings: Settings, spectrum: Spectrum) -> dict[str, Tensor]:
+def fit(
+    drawings: Drawings, names: Tensor, classify: dict[str, Tensor], settings: Settings, spectrum: Spectrum
+) -> dict[str, Tensor]:
     """All that is learnt but the projection, in closed form. names: (classes, E) unit rows."""
     whiten = spectrum.whitening(settings.looks, settings.shrink)
+    shown = (drawings.features @ classify["weight"].T + classify["bias"]) / settings.picture_temperature
+    meant = drawings.captions @ names.T / settings.class_temperature
+    centred = float(settings.centred)
     return {
+        "picture_centre": (shown.softmax(-1) + 1e-12).sqrt().mean(0) * centred,
+        "text_centre": (meant.softmax(-1) + 1e-12).sqrt().mean(0) * centred,
         "settings": settings.to_tensor(),
         "looks.weight": whiten.float(),
         "looks.bias": -(whiten @ spectrum.mean).float(),
@@ -257,7 +265,7 @@ class HeldOut:
             asked = self.drawings.where((self.fold == k) & self.drawings.things & ~self.drawings.emoji)
             if (spectrum := self._spectra.get((k, settings.emoji))) is None:
                 spectrum = self._spectra[k, settings.emoji] = Spectrum.of(known.features)
-            head = fit(known, self.names, settings, spectrum)
+            head = fit(known, self.names, self.classify, settings, spectrum)
             if settings.dim:
                 key = (k, replace(settings, dim=1))
                 if key not in self._directions:
