@@ -416,6 +416,7 @@ def test_adapt_learns_saves_and_classifies(cli, model, tmp_path):
     assert value["adapted.accuracy"]["n"] + 6 + len(value["bad"]) == 17
     expected = value["adapted.accuracy"]["value"] - value["zero_shot.accuracy"]["value"]
     assert value["gain"]["value"] == pytest.approx(expected)
+    assert value["most_frequent.accuracy"]["value"] >= 0.5
     assert value["gain"]["low"] <= expected <= value["gain"]["high"]
     assert value["classes"] == ["a dark square", "light"]
     assert value["shots"] == {"a dark square": 3, "light": 3}

@@ -61,11 +61,19 @@ def test_failures_are_told(ran):
 
 def test_numbers_are_those_of_the_sections(ran):
     report = ran["report"]
-    assert report["photos.named_right"].n == 22
-    assert report["search.first_hit_right"].n == len(QUERIES)
-    assert report["textiles.learnt"].n == 12
+    assert report["photographs_named_right"].n == 22
+    assert report["search.first_hit_right"].n == report["found_among_5_hits"].n == len(QUERIES)
+    assert report["textiles_right_after_learning"].n == 12
     saved = json.loads((ran["folder"] / "work" / "report.json").read_text())
     assert saved["textiles.gain"]["value"] == report["textiles.gain"].value
+
+
+def test_hits_are_judged_by_their_descriptions(ran):
+    """Every picture that is shown was recognised as one of those gathered (relative and absolute names are the same)."""
+    galleries = ran["report"].sections[0].content
+    captions = [picture.caption for part in galleries if hasattr(part, "pictures") for picture in part.pictures]
+    assert len(captions) == (len(QUERIES) + 1) * demo.SHOWN
+    assert all(captions)
 
 
 def test_progress_is_told_and_ends_with_the_place(ran):
@@ -85,6 +93,7 @@ def test_what_counts_as_right():
     captions = [*photos().column("caption"), "a grey woven textile without defects"]
     for query in QUERIES:
         assert any(query.accepts(caption) for caption in captions), query.text
+    assert len(list(STAMP_QUERIES)) == 8
     insect = next(query for query in STAMP_QUERIES if query.text == "an insect")
     assert insect.accepts("A red Ant.")
     assert not insect.accepts("an elephant")

@@ -26,7 +26,8 @@ class AdaptationError(ValueError):
 class Adapted:
     """A fitted predictor and how it compares with the zero-shot answers on pictures that it has not seen.
 
-    report: `zero_shot.accuracy`, `adapted.accuracy`, and `gain`, their paired difference, each with a 95 % interval.
+    report: `zero_shot.accuracy`, `adapted.accuracy`, and `gain`, their paired difference, each with a 95 % interval; among
+        the details `most_frequent.accuracy`, that of always giving the answer which is right most often.
     bad: (id, reason) of pictures that could not be read.
     """
 
@@ -124,10 +125,17 @@ def adapt(
     gain = Number(*metrics.paired_difference(new, old, seed=seed), n=len(old), unit=FRACTION)
     report.numbers = {"zero_shot.accuracy": start, "adapted.accuracy": own.pop("adapted.accuracy"), "gain": gain}
     report.details |= own
-    chance = 1 / len(classes)
-    compared = {"words alone": start, f"with {_counted(train)}": report.numbers["adapted.accuracy"]}
+    most = np.bincount(truth, minlength=len(classes)).argmax()
+    always = (truth == most).astype(float)  # what never looking at a picture would give
+    usual = Number(float(always.mean()), *metrics.proportion_interval(always, seed=seed), n=len(always), unit=FRACTION)
+    report.details["most_frequent.accuracy"] = usual
+    compared = {
+        f"always “{classes[most]}”": usual,
+        "words alone": start,
+        f"with {_counted(train)}": report.numbers["adapted.accuracy"],
+    }
     report.figures = [
-        BarChart(compared, f"Accuracy on {len(kept)} other pictures (chance: {chance:.0%})", most=1.0),
+        BarChart(compared, f"Accuracy on {len(kept)} other pictures", most=1.0),
         *[figure for figure in report.figures if not isinstance(figure, BarChart)],
     ]
     report.tables = [
