@@ -281,6 +281,26 @@ def test_results_go_stale_with_method_claim_and_ops(root):
     assert why_stale(result | {"slug": "nothing"}, **where) == "there is no method nothing any more"
 
 
+def test_the_weights_of_a_model_count_as_its_source(root, monkeypatch):
+    package = root / "package"
+    write(package / "models/weights/tiny/model.safetensors", "one")
+    write(package / "models/weights/offline.safetensors", "two")
+    write(
+        root / "claims/adapt/toy.py",
+        CLAIM + "def model():\n    return core.load('tiny'), load('hub/name'), open('offline')\n",
+    )
+    monkeypatch.setattr(claims, "PACKAGE", package)
+    where = {"root": root, "methods": root / "methods"}
+    result = run(root)
+    assert [name for name in result["sources"] if name.endswith("safetensors")] == [
+        "package/models/weights/tiny/model.safetensors"
+    ]
+    write(package / "models/weights/offline.safetensors", "three")
+    assert not is_stale(result, **where)
+    write(package / "models/weights/tiny/model.safetensors", "four")
+    assert why_stale(result, **where) == "changed since it was measured: package/models/weights/tiny/model.safetensors"
+
+
 def test_check_finds_what_is_out_of_date(root):
     methods = root / "methods"
     assert [p.split(";")[0] for p in check(root, methods)] == ["toy: no result", "METHODS.md is out of date"]

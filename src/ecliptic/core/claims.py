@@ -387,7 +387,8 @@ class _one_thread:
 
 
 def source_files(card: Card, root: Path) -> list[Path]:
-    """What a result depends on: the method, its claim, and every `ecliptic.ops` module either of them reaches."""
+    """What a result depends on: the method, its claim, every `ecliptic.ops` module that either reaches, and the weights of
+    the built-in models that the claim loads by name."""
     own = sorted(card.file.parent.rglob("*.py")) if card.file.name == "__init__.py" else [card.file]
     found = [*own, root / card.claim_file]
     waiting = list(found)
@@ -396,7 +397,18 @@ def source_files(card: Card, root: Path) -> list[Path]:
             if module not in found:
                 found.append(module)
                 waiting.append(module)
-    return found
+    return [*found, *_weights(root / card.claim_file)]
+
+
+def _weights(claim: Path) -> Iterator[Path]:
+    """The weight files behind each `load("name")` of a claim."""
+    folder = PACKAGE / "models" / "weights"
+    for node in ast.walk(ast.parse(claim.read_bytes())):
+        if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+            name = node.args[0].value
+            if called == "load" and isinstance(name, str) and name.isidentifier():
+                yield from sorted([*folder.glob(f"{name}.safetensors"), *folder.glob(f"{name}/*.safetensors")])
 
 
 def _ops_imports(file: Path) -> Iterator[Path]:
@@ -414,7 +426,9 @@ def _ops_imports(file: Path) -> Iterator[Path]:
 
 
 def code_digest(file: Path) -> str:
-    """A hash of what a file does: comments, docstrings and line breaks do not count."""
+    """A hash of what a file does: comments, docstrings and line breaks of code do not count."""
+    if file.suffix != ".py":
+        return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
     skip = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING, tokenize.ENDMARKER}
     layout = {tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
     text = file.read_text(encoding="utf-8")
