@@ -35,11 +35,11 @@ def highlight(
     if target.exists() and target.samefile(image):
         fail(f"--out {target} is the picture itself: choose another name")
     picture = one_picture(image)
-    from ecliptic.core.dense import BACKGROUND, picture_heatmaps
+    from ecliptic.apps.heat import heat_of
     from ecliptic.eval.overlay import overlay
 
     encoder = load_model(model)
-    heat = picture_heatmaps(encoder, picture, [text], background=versus or BACKGROUND)[0]
+    heat = heat_of(encoder, picture, [text], versus)[0]
     target.parent.mkdir(parents=True, exist_ok=True)
     overlay(picture, heat.numpy(), legend=("less", text if len(text) <= 40 else "more")).save(target)
     row, column = divmod(int(heat.argmax()), heat.shape[1])
