@@ -11,8 +11,9 @@ JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 run: $(READY)  ## the main job on real pictures; writes report.html
 	$(BIN)/ecliptic demo --out report.html
 
-test: check fast  ## lint, types, tests, and whether the committed results are fresh
+test: check fast  ## lint, types, tests, and whether committed results and docs are fresh
 	$(BIN)/python -m ecliptic.core.claims --check
+	$(BIN)/python docs/build.py --check
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -36,6 +37,8 @@ models: $(READY)  ## train the built-in models again, from raw sources to commit
 bench: $(READY)  ## speed against peers, as ratios within one run
 	$(BIN)/python -m benchmarks.encode
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.offline_quality
+	$(BIN)/python docs/build.py
 
 $(READY): pyproject.toml constraints.txt requirements-offline.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,6 @@
-"""What the "offline" model can do: retrieval on the Tux Paint stamps and naming photographs. Never used to choose anything.
+"""What the "offline" model can do: retrieval on the Tux Paint stamps, and naming photographs. It learns from neither.
 
-    python benchmarks/offline_quality.py [--json FILE]
+    python -m benchmarks.offline_quality [--json FILE]
 
 The picture of the query's own caption counts as the one right answer, even where several have the same caption; the figures
 with duplicates credited stand beside. Baseline: the CNN's ten likeliest classes times embeddings of the class names, no
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize as unit
 
 import ecliptic
+from benchmarks.measure import RESULTS, commit
 from ecliptic.core.zeroshot import zero_shot_head
 from ecliptic.data.sources import open_source
 from ecliptic.models import offline
@@ -70,7 +71,7 @@ def baseline(encoder: Any, records: Any, captions: list[str]) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=RESULTS / "offline_quality.json")
     args = parser.parse_args()
     encoder = ecliptic.load("offline")
     stamps = open_source("stamps")
@@ -79,7 +80,7 @@ def main() -> None:
     pictures = encoder.encode_images(record["image"] for record in stamps)
     scores = encoder.encode_texts(captions) @ pictures.T
     same = torch.tensor([[a == b for b in captions] for a in captions])
-    found: dict[str, Any] = {"model": encoder.id, "pictures": len(captions), "ks": KS}
+    found: dict[str, Any] = {"model": encoder.id, "commit": commit(), "pictures": len(captions), "ks": KS}
     found["chance"] = [round(k / len(captions), 3) for k in KS]
     found["baseline"] = both(baseline(encoder, stamps, captions))
     found["offline"] = both(scores)
@@ -114,8 +115,7 @@ def main() -> None:
                 print(f"  {name}: {row}")
         else:
             print(f"{key}: {value}")
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def _image_tower(module: Any, projection: Any | None) -> Tower:
     core = getattr(module, "backbone", module)  # a joined tower says which of its parts is the transformer
     backbone = core.config
     norm = next((getattr(core, name) for name in ("post_layernorm", "layernorm") if hasattr(core, name)), None)
-    siglip = "siglip" in config.model_type
+    siglip = config.model_type.startswith("siglip")
     return Tower(
         module=module,
         blocks=_blocks(core),
@@ -138,19 +138,20 @@ def _image_tower(module: Any, projection: Any | None) -> Tower:
 
 
 def _text_tower(module: Any, projection: Any | None) -> Tower:
-    embeddings = module.embeddings
+    core = getattr(module, "backbone", module)
+    embeddings = core.embeddings
     table = embeddings.token_embedding if hasattr(embeddings, "token_embedding") else embeddings.word_embeddings
     kind = module.config.model_type
     return Tower(
         module=module,
-        blocks=_blocks(module),
+        blocks=_blocks(core),
         embed=embeddings,
-        norm=getattr(module, "final_layer_norm", None),
+        norm=getattr(core, "final_layer_norm", None),
         projection=projection,
-        width=int(module.config.hidden_size),
+        width=int(core.config.hidden_size),
         table=table,
-        causal="clip" in kind and "siglip" not in kind,
-        padded="siglip" in kind,
+        causal=kind.startswith("clip"),
+        padded=kind.startswith("siglip"),
     )
 
 
@@ -171,7 +172,8 @@ def _walk(root: Any, path: str) -> Any:
 
 
 def _is_siglip(model: Any) -> bool:
-    return "siglip" in model.config.model_type
+    kind: str = model.config.model_type
+    return kind.startswith("siglip")
 
 
 @contextmanager

@@ -164,7 +164,6 @@ class Settings:
     dim: int = 512  # of the joint space
     centred: bool = True  # classes, on both sides
     emoji: bool = True
-    seed: int = 0
 
     @classmethod
     def from_head(cls, head: Mapping[str, Tensor]) -> Settings:

