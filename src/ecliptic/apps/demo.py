@@ -476,7 +476,7 @@ def _told(demo: Demo, key: str, title: str, done: Adapted) -> list[Content]:
     demo.say(f"{key}: {numbers['zero_shot.accuracy']} by words alone, {numbers['adapted.accuracy']} after learning")
     assert gain.low is not None
     assert gain.high is not None
-    verdict = "The gain is real: its interval lies above zero."
+    verdict = "The gain over words alone is real: its interval lies above zero."
     if gain.high < 0:
         verdict = "Learning did harm here: the interval of the difference lies below zero."
         demo.trouble.append(f"Learning from few pictures made {key} worse.")
