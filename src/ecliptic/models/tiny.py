@@ -464,8 +464,8 @@ def evaluate(encoder: HFEncoder, n: int = 1000, split: str = "heldout", seed: in
 
     shape_colour: the right one of all 100 pairs "a <colour> <shape>", held-out or not. The other numbers ask for one attribute
     at a time, its class embeddings averaged over prompts with every shape. Chance: shape_colour 0.01, shape and colour 0.1,
-    texture 0.25, size 0.33, position and count 0.2. The model that comes with the package knows shapes and colours well, sizes and
-    counts fairly, textures a little and positions not at all (the figures lie beside its weights).
+    texture 0.25, size 0.33, position and count 0.2. The model that comes with the package knows shapes and colours well,
+    sizes and counts fairly, textures a little and positions not at all (the figures lie beside its weights).
     """
     asked = scenes(split, n, seed, encoder.image_size)
     pictures = draw(split, range(n), seed, encoder.image_size)
