@@ -13,6 +13,7 @@ run: $(READY)  ## the main job on real pictures; writes report.html
 
 test: check fast  ## lint, types, tests, and whether committed results and docs are fresh
 	$(BIN)/python -m ecliptic.core.claims --check
+	$(BIN)/python -m ecliptic.core.claims --repeat 1
 	$(BIN)/python docs/build.py --check
 
 check: $(READY)

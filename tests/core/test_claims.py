@@ -350,3 +350,31 @@ def test_command_line_errors_are_short():
 def test_checking_does_not_import_torch():
     code = "import sys; from ecliptic.core.claims import check; check(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(claims.PACKAGE.parent)})
+
+
+# Repeating
+
+
+def test_a_published_figure_is_measured_again(root):
+    run(root)
+    options = {"root": root, "methods": root / "methods"}
+    before = claims.result_file(root, "toy").read_bytes()
+    assert claims.repeat("toy", 1, **options) == []
+    assert len(calls(root)) == 9 + 3
+    assert claims.result_file(root, "toy").read_bytes() == before
+    result = json.loads(before)
+    result["values"]["ours"]["1"]["score"] = 4.2  # measured: 2 * (1 + 1)
+    claims.result_file(root, "toy").write_text(json.dumps(result))
+    (difference,) = claims.repeat("toy", 1, **options)
+    assert "ours, seed 1, score was 4.2000, is 4.0000" in difference
+    assert claims.repeat("toy", 2, **options) == []
+
+
+def test_every_published_seed_comes_round(root):
+    run(root)
+    days = [claims.turn(1, day, root, root / "methods") for day in range(3)]
+    assert sorted(days) == [[("toy", 0)], [("toy", 1)], [("toy", 2)]]
+    assert claims.turn(5, 0, root, root / "methods") == [("toy", 0), ("toy", 1), ("toy", 2)]
+    claims.result_file(root, "toy").unlink()
+    assert claims.turn(1, 0, root, root / "methods") == []
+    assert "no published result" in claims.repeat("toy", 0, root=root, methods=root / "methods")[0]

@@ -7,6 +7,7 @@ doubt the number. Cells already measured by the same code are kept, so an interr
     python -m ecliptic.core.claims run gda [--seeds 0,1,2] [--fresh]
     python -m ecliptic.core.claims run --all
     python -m ecliptic.core.claims --table      # write METHODS.md
+    python -m ecliptic.core.claims --repeat 1   # is a published figure still what this code gives? (a new one every day)
     python -m ecliptic.core.claims --check      # is METHODS.md, or any result, older than its code?
 """
 
@@ -43,6 +44,10 @@ Values = dict[str, dict[int, Metrics]]
 
 SCORE = "score"
 """Name of the metric of a `run` that returns one number."""
+
+
+AGREES = 0.02
+"""How far a repeated figure may lie from the published one."""
 
 
 class ClaimError(ValueError):
@@ -274,6 +279,35 @@ def run_claim(
     if full:
         store.forget()
     return result
+
+
+def repeat(slug: str, seed: int, *, root: Path | None = None, methods: Path | None = None) -> list[str]:
+    """Measure one seed of a published result again, writing nothing; what differs from it, a line each.
+
+    Another machine may round differently and flip a few predictions: figures agree within `AGREES`, relative where larger than 1.
+    """
+    root = checkout(root)
+    card = find(slug, methods)
+    published = read_result(card.slug, root)
+    if published is None:
+        return [f"{card.slug}: no published result to repeat"]
+    claim, run, file = load_claim(card, root)
+    lines = []
+    with _one_thread():
+        for arm in claim.arms:
+            before = published["values"][arm][str(seed)]
+            now = _metrics(run(claim.subject(arm), seed), file)
+            for name in sorted(before.keys() & now.keys()):
+                if abs(now[name] - before[name]) > AGREES * max(1.0, abs(before[name])):
+                    lines.append(f"{card.slug}: {arm}, seed {seed}, {name} was {before[name]:.4f}, is {now[name]:.4f}")
+    return lines
+
+
+def turn(count: int, day: int, root: Path | None = None, methods: Path | None = None) -> list[tuple[str, int]]:
+    """Which (slug, seed) to repeat on a day: over time every published cell comes round."""
+    known = [(card.slug, read_result(card.slug, root)) for card in cards(methods)]
+    cells = [(slug, seed) for slug, result in known if result is not None for seed in result["seeds"]]
+    return [cells[(day * count + i) % len(cells)] for i in range(min(count, len(cells)))]
 
 
 def load_claim(card: Card, root: Path) -> tuple[Claim, Callable[[Any, int], Any], Path]:
@@ -684,10 +718,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="measure again what this code has measured before")
     parser.add_argument("--json", action="store_true", help="print the result files")
     parser.add_argument("--check", action="store_true", help="fail if METHODS.md or a result is older than its code")
+    parser.add_argument("--repeat", type=int, metavar="N", help="measure N published seeds again, others every day")
     parser.add_argument("--table", action="store_true", help="write METHODS.md")
     asked = parser.parse_args(arguments)
-    if not (asked.command or asked.check or asked.table):
-        parser.error("say run SLUG, run --all, --table or --check")
+    if not (asked.command or asked.check or asked.table or asked.repeat):
+        parser.error("say run SLUG, run --all, --table, --repeat N or --check")
     if asked.command and bool(asked.slugs) == asked.all:
         parser.error("run needs either slugs or --all")
     code = 0
@@ -700,6 +735,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code |= not result["holds"]
         if asked.table:
             (checkout() / "METHODS.md").write_text(table(), encoding="utf-8")
+        for slug, seed in turn(asked.repeat, datetime.date.today().toordinal()) if asked.repeat else []:
+            differences = repeat(slug, seed)
+            print("\n".join(differences) or f"{slug}, seed {seed}: measured again, as published")
+            code |= bool(differences)
         if asked.check:
             problems = check()
             print("\n".join(problems) if problems else "METHODS.md and every result are up to date")
