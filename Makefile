@@ -25,8 +25,7 @@ fast: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 claims: $(READY)  ## every method's claim with its control, all seeds (slow)
-	$(BIN)/python -m ecliptic.core.claims run --all
-	$(BIN)/python -m ecliptic.core.claims --table
+	$(BIN)/python -m ecliptic.core.claims run --all --table
 
 table: $(READY)  ## METHODS.md from the result files
 	$(BIN)/python -m ecliptic.core.claims --table
