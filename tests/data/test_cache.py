@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ecliptic.core import files
 from ecliptic.data import cache
 
 
@@ -31,33 +32,33 @@ def test_importing_it_is_light() -> None:
 
 
 def half_written(target: Path) -> None:
-    with contextlib.suppress(RuntimeError), cache.atomic_file(target) as handle:
+    with contextlib.suppress(RuntimeError), files.atomic_file(target) as handle:
         handle.write(b"half")
         raise RuntimeError
 
 
 def test_atomic_file_replaces_or_leaves(tmp_path: Path) -> None:
     target = tmp_path / "new" / "a.txt"
-    with cache.atomic_file(target, "w") as handle:
+    with files.atomic_file(target, "w") as handle:
         handle.write("old ü")
         assert not target.exists()
     assert target.read_text(encoding="utf-8") == "old ü"
     half_written(target)
     assert target.read_text(encoding="utf-8") == "old ü"
     assert names(target.parent) == ["a.txt"]
-    assert target.stat().st_mode & 0o077 == 0o066 & ~cache._UMASK & 0o077
+    assert target.stat().st_mode & 0o077 == 0o066 & ~files._UMASK & 0o077
 
 
 def test_atomic_folder(tmp_path: Path) -> None:
     target = tmp_path / "set"
-    with cache.atomic_folder(target) as folder:
+    with files.atomic_folder(target) as folder:
         (folder / "a").touch()
         assert not target.exists()
     assert names(target) == ["a"]
-    with cache.atomic_folder(target) as folder:  # somebody was faster: theirs stays
+    with files.atomic_folder(target) as folder:  # somebody was faster: theirs stays
         (folder / "b").touch()
     assert names(target) == ["a"]
-    with pytest.raises(RuntimeError), cache.atomic_folder(tmp_path / "other"):
+    with pytest.raises(RuntimeError), files.atomic_folder(tmp_path / "other"):
         raise RuntimeError
     assert names(tmp_path) == ["set"]
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ecliptic.data.cache import atomic_file, read_json, write_json
+from ecliptic.core.files import atomic_file
+from ecliptic.data.cache import read_json, write_json
 from ecliptic.data.images import ImageError
 from ecliptic.data.records import Records
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ecliptic.core.files import sync_folder
+
 _NAME = re.compile(r"step-(\d{8,})\.pt")
 
 
@@ -36,7 +38,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         part.unlink(missing_ok=True)
         raise OSError(f"cannot write checkpoint {path}: {error}; the checkpoints before it are intact") from error
-    _sync(folder)
+    sync_folder(folder)
     return path
 
 
@@ -48,17 +50,3 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(f"cannot read checkpoint {path}: {error}; delete it to go on from the one before") from error
     assert isinstance(state, dict)
     return state
-
-
-def _sync(folder: Path) -> None:
-    """Make the rename itself durable, where the system lets a folder be synced."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ecliptic.core.files import atomic_file
 from ecliptic.core.method import PACKAGE, Card, MethodError, cards, find, stages
 from ecliptic.core.progress import Progress
 
@@ -702,10 +703,8 @@ def _joined(digests: Mapping[str, str]) -> str:
 
 def _write(file: Path, content: Any) -> None:
     """JSON in one step: a reader sees the old file or the new one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(file)
+    with atomic_file(file, "w") as draft:
+        draft.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

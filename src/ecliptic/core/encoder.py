@@ -14,8 +14,6 @@ import copy
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 import warnings
 from abc import abstractmethod
 from collections import deque
@@ -34,6 +32,7 @@ from torch.nn.functional import normalize as unit
 
 from ecliptic.core.anatomy import Anatomy, Tower, anatomy, outputs_of, siglip_token_pool
 from ecliptic.core.contracts import Features, Tokens
+from ecliptic.core.files import atomic_folder
 from ecliptic.core.preprocess import ImagePreprocess
 from ecliptic.core.shortcut import last_block_at
 
@@ -435,22 +434,13 @@ class HFEncoder(Encoder):
         folder = Path(folder)
         if folder.exists() and not (folder / "config.json").exists() and any(folder.iterdir()):
             raise FileExistsError(f"{folder} holds other files: choose an empty folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
+        with atomic_folder(folder, replace=True) as draft:
             with _no_bars():
                 self.model.save_pretrained(draft)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(draft)
             _write_json(draft / "preprocessor_config.json", self.transform.to_processor())
             _write_json(draft / CARD, {"format": 1, "name": self.name, "id": self.id, "steps": list(self.history)})
-            draft.chmod(0o755)
-            if folder.exists():
-                shutil.rmtree(folder)
-            draft.rename(folder)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
 
 
 def load(source: str | Path, *, activation: str | None = None, tokenizer: Any = None) -> HFEncoder:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import inspect
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from ecliptic.core.files import atomic_folder
 
 if TYPE_CHECKING:
     from ecliptic.core.contracts import Predictor
@@ -62,20 +62,11 @@ def save_predictor(predictor: Predictor, folder: str | Path, *, with_encoder: bo
         "learnt": _pack(learnt, "learnt", tensors),
         "encoder": None if encoder is None else {"name": encoder.name, "id": encoder.id},
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with atomic_folder(folder, replace=True) as draft:
         (draft / CARD).write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         save_file(tensors, draft / TENSORS)
         if with_encoder and encoder is not None:
             encoder.save_pretrained(draft / ENCODER)
-        draft.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
     return folder
 
 

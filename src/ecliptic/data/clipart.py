@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ecliptic.data.cache import atomic_file, cache_dir, remember
+from ecliptic.core.files import atomic_file
+from ecliptic.data.cache import cache_dir, remember
 from ecliptic.data.debian import package_folder
 from ecliptic.data.images import ImageError, open_image
 from ecliptic.data.records import Records, decode_image

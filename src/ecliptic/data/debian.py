@@ -11,7 +11,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from ecliptic.data.cache import atomic_folder, cache_dir, lock
+from ecliptic.core.files import atomic_folder
+from ecliptic.data.cache import cache_dir, lock
 
 _log = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 from PIL import Image
 
-from ecliptic.data.cache import atomic_file, remember
+from ecliptic.core.files import atomic_file
+from ecliptic.data.cache import remember
 from ecliptic.data.images import EXTENSIONS, ImageError, open_image
 from ecliptic.data.records import Records, SkipLog, unit_hash
 

@@ -33,9 +33,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.functional import normalize as unit
 
+from ecliptic.core.files import atomic_file
 from ecliptic.core.preprocess import ImagePreprocess
 from ecliptic.core.towers import DescribePicture, DescribeSentence, EfficientNetLite0
-from ecliptic.data.cache import atomic_file, cache_dir
+from ecliptic.data.cache import cache_dir
 from ecliptic.data.clipart import clipart
 from ecliptic.data.debian import package_folder
 from ecliptic.data.records import Records

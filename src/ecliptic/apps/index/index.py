@@ -21,7 +21,8 @@ from ecliptic.apps.index import exact
 from ecliptic.apps.index.errors import IndexBusyError, OtherModelError
 from ecliptic.apps.index.scan import Found, Scan, absolute, scan
 from ecliptic.apps.index.store import Item, Signature, Snapshot, Store, to_json
-from ecliptic.data.cache import lock, sync_folder
+from ecliptic.core.files import sync_folder
+from ecliptic.data.cache import lock
 
 Array = NDArray[Any]
 Progress = Callable[[int, int], None]

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ecliptic.apps.index.errors import DamagedIndexError, DiskFullError, IndexProblem, NoIndexError
-from ecliptic.data.cache import sync_folder
+from ecliptic.core.files import sync_folder
 
 Array = NDArray[Any]
 
