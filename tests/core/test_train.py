@@ -604,6 +604,15 @@ def test_norms_biases_and_scale_do_not_decay():
         assert decay[id(parameter)] == (0.0 if plain else 0.2), name
 
 
+def test_vectors_decay_where_a_group_says_so():
+    named = {"gain": torch.nn.Parameter(torch.ones(3)), "bias": torch.nn.Parameter(torch.ones(3))}
+    groups = parameter_groups(named.items(), Settings(weight_decay=0.2, groups={"gain": {"weight_decay": 0.5}}))
+    assert {id(p): g["weight_decay"] for g in groups for p in g["params"]} == {
+        id(named["gain"]): 0.5,
+        id(named["bias"]): 0.0,
+    }
+
+
 def test_groups_have_their_own_rates():
     named = dict(clip_encoder().named_parameters())
     settings = Settings(

@@ -124,9 +124,10 @@ def rate(step: int, steps: int, warmup: int = 0, schedule: str = "cosine", floor
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], settings: Settings) -> list[dict[str, Any]]:
-    """AdamW groups. Vectors and scalars (norms, biases, class token, logit scale) never decay; matrices and larger do.
+    """AdamW groups. Matrices and larger decay; vectors and scalars (norms, biases, class token, logit scale) do not.
 
-    The first pattern of `settings.groups` that `re.search` finds in a name gives that parameter its own lr and weight decay.
+    The first pattern of `settings.groups` that `re.search` finds in a name gives that parameter its own lr and weight decay,
+    the latter to vectors too: whoever names them wants it.
     """
     named = list(named)
     for pattern, values in settings.groups.items():
@@ -139,7 +140,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], settings: Settin
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in named:
         own = next((values for pattern, values in settings.groups.items() if re.search(pattern, name)), {})
-        decay = own.get("weight_decay", settings.weight_decay) if parameter.ndim >= 2 else 0.0
+        decay = own.get("weight_decay", settings.weight_decay if parameter.ndim >= 2 else 0.0)
         groups.setdefault((own.get("lr", settings.lr), decay), []).append(parameter)
     return [{"params": params, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), params in groups.items()]
 
