@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
-from ecliptic.core.contracts import Tokens
+from ecliptic.core.contracts import ModelStep, Tokens
 from ecliptic.core.encoder import CARD, HFEncoder, LoadError, TextTooLong, TruncationWarning, load
 from tests.towers import DIM, FAMILIES, PATCH, SIZE, WORDS, clip_encoder, siglip_encoder
 
@@ -289,6 +289,54 @@ def test_save_and_load_give_the_same_answers(encoder, tmp_path):
     assert torch.equal(again.scale, encoder.scale)
     if encoder.bias is not None:
         assert torch.equal(again.bias, encoder.bias)
+
+
+class Bottleneck(ModelStep):
+    """Puts a layer of its own behind the first query projection: an architecture that no config describes."""
+
+    def __init__(self, width: int):
+        self.width = width
+
+    def apply(self, encoder, pairs=None):
+        changed = self.reshape(encoder.clone())
+        changed.record_step("bottleneck", {"width": self.width}, reshapes=True)
+        return changed
+
+    def reshape(self, encoder):
+        attention = getattr(encoder.anatomy.image.blocks[0], "self_attn", None)
+        attention = attention or encoder.anatomy.image.blocks[0].attention
+        inside = attention.q_proj.in_features
+        with torch.random.fork_rng():
+            narrow, wide = torch.nn.Linear(inside, self.width), torch.nn.Linear(self.width, inside)
+        attention.q_proj = torch.nn.Sequential(narrow, wide)
+        return encoder
+
+
+def test_a_reshaped_model_is_rebuilt_and_filled(encoder, tmp_path, monkeypatch):
+    import ecliptic.core.method
+
+    monkeypatch.setattr(ecliptic.core.method, "get", lambda slug: {"bottleneck": Bottleneck}[slug])
+    changed = Bottleneck(5).apply(encoder)
+    changed.save_pretrained(tmp_path / "a")
+    again = load(tmp_path / "a")
+    assert type(again.model) is type(changed.model)
+    assert again.history == ({"step": "bottleneck", "args": {"width": 5}, "reshapes": True},)
+    left, right = changed.model.state_dict(), again.model.state_dict()
+    assert left.keys() == right.keys()
+    assert any(value.shape == (5, encoder.anatomy.image.width) for value in right.values())
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert torch.equal(again.encode_images(pictures(2)), changed.encode_images(pictures(2)))
+    assert torch.equal(again.encode_texts(CAPTIONS), changed.encode_texts(CAPTIONS))
+    copied = again.clone()
+    copied.save_pretrained(tmp_path / "b")
+    assert load(tmp_path / "b").id == again.id
+
+
+def test_a_reshaped_model_whose_step_is_missing_says_so(encoder, tmp_path):
+    changed = Bottleneck(5).apply(encoder)
+    changed.save_pretrained(tmp_path / "a")
+    with pytest.raises(LoadError, match="given its architecture by a step that is not here: no method 'bottleneck'"):
+        load(tmp_path / "a")
 
 
 def test_saving_again_replaces_and_never_mixes(tmp_path):

@@ -126,9 +126,10 @@ class ModelStep(ABC):
     def apply(self, encoder: Encoder, pairs: Pairs | None = None) -> Encoder: ...
 
     def reshape(self, encoder: Encoder) -> Encoder:
-        """Give `encoder` the architecture this step yields, weights arbitrary: `load` then fills them in.
+        """Give `encoder` the architecture this step yields, in place, weights arbitrary: `load` then fills them in.
 
-        Only steps that change the architecture beyond the Hugging Face config need to override it.
+        Only steps that change the architecture beyond the Hugging Face config need to override it; in `apply` they call
+        `record_step(..., reshapes=True)`.
         """
         return encoder
 
