@@ -1,6 +1,7 @@
 """What every method must do, whatever it is: one function per rule and contract, over `tiny()` of the method.
 
 `tiny()` gives a small instance and its records (a plain function's module has a `tiny()` that gives its arguments by name).
+A step's `neutral()` gives an instance whose settings leave every encoder as it is.
 A rule that a method cannot keep is waived in the method's own file, with the reason: `waivers = {"batch_order": "..."}` on
 the class, `WAIVERS` in a function's module. A waived rule must indeed fail, or the waiver has to go.
 """
@@ -411,6 +412,14 @@ def step_deterministic(case: Case, encoder: HFEncoder) -> None:
     same(outputs(one, records), outputs(two, records), "applied twice", exact=True)
 
 
+def step_neutral(case: Case, encoder: HFEncoder) -> None:
+    """`neutral()`, a classmethod, gives the settings at which the step changes nothing that is asked of the encoder."""
+    assert hasattr(case.subject, "neutral"), "neutral() must give the settings at which the step changes nothing"
+    step, records = case.subject.neutral(), case.tiny()[1]
+    assert type(step) is case.subject, f"neutral() gave a {type(step).__name__}"
+    same(outputs(step.apply(encoder, records), records), outputs(encoder, records), "at its neutral setting")
+
+
 def step_history(case: Case, encoder: HFEncoder) -> None:
     changed, _ = applied(case, encoder)
     assert changed.history[: len(encoder.history)] == encoder.history, "earlier steps are forgotten"
@@ -542,6 +551,7 @@ CHECKS: dict[str, dict[str, Check]] = {
         "copy": step_copy,
         "inputs": step_inputs,
         "deterministic": step_deterministic,
+        "neutral": step_neutral,
         "history": step_history,
         "save_load": step_save_load,
         "batch_size": step_batch_size,

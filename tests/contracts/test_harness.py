@@ -76,9 +76,13 @@ class Warmer(ModelStep):
         with torch.no_grad():
             changed.model.logit_scale += float(np.log(self.factor))
             first = next(changed.model.vision_model.parameters())
-            first.mul_(1.01)
+            first.mul_(1 + 0.01 * (self.factor - 1))
         changed.record_step("warmer", {"factor": self.factor})
         return changed
+
+    @classmethod
+    def neutral(cls):
+        return cls(factor=1.0)
 
     @classmethod
     def tiny(cls):
@@ -311,6 +315,12 @@ class RandomStep(Warmer):
         return changed
 
 
+class NeverNeutral(Warmer):
+    @classmethod
+    def neutral(cls):
+        return cls(factor=1.5)
+
+
 class Unrecorded(Warmer):
     def apply(self, encoder, pairs=None):
         changed = super().apply(encoder, pairs)
@@ -411,6 +421,7 @@ BROKEN: dict[tuple[str, str], dict[Any, str]] = {
     ("ModelStep", "copy"): {SameModel: r"gave back the encoder", Shares: r"shares weights"},
     ("ModelStep", "inputs"): {ChangesTheOld: r"apply changed its encoder: .weights"},
     ("ModelStep", "deterministic"): {RandomStep: r"images differs"},
+    ("ModelStep", "neutral"): {NeverNeutral: r"neutral setting: .images differs"},
     ("ModelStep", "history"): {Unrecorded: r"records itself once"},
     ("ModelStep", "save_load"): {Unsaved: r"saved and opened: .images differs"},
     ("ModelStep", "batch_size"): {BatchNormal: r"batch of one: .images differs"},
@@ -449,7 +460,7 @@ def test_a_broken_method_is_caught_for_what_it_does(kind, rule, subject, message
 
 def test_every_rule_has_a_method_that_breaks_it():
     assert set(BROKEN) == {(kind, rule) for kind, rules in CHECKS.items() for rule in rules}
-    assert sum(map(len, BROKEN.values())) == 40
+    assert sum(map(len, BROKEN.values())) == 41
 
 
 def test_a_warning_is_an_error():
