@@ -144,6 +144,10 @@ class Records(Sequence["Record"]):
         cheap = self._cheap(self._position(i))
         return cheap.plain_cheap() if isinstance(cheap, _Lazy) else dict(cheap)
 
+    def undecoded(self) -> Iterator[Record]:
+        """`peek` of every record, in order."""
+        return map(self.peek, range(self._n))
+
     @property
     def ids(self) -> list[str]:
         return self.column("id")

@@ -9,6 +9,7 @@ splits at once.
 
 from __future__ import annotations
 
+import copy
 import glob as globbing
 import hashlib
 import io
@@ -271,6 +272,8 @@ class Stream:
         self.shards = expand(pattern)
         self.shuffle, self.seed, self.rank, self.world = shuffle, seed, rank, world
         self.on_error, self.log, self.passes = on_error, log, 0
+        self._keep: Callable[[Record], bool] | None = None
+        self._change: Callable[[Record], Record] | None = None
 
     def __iter__(self) -> Iterator[Record]:
         turn, self.passes = self.passes, self.passes + 1
@@ -280,8 +283,29 @@ class Stream:
         records = (record for shard in shards[self.rank :: self.world] for record in self._shard(shard))
         return self._mixed(records, turn) if self.shuffle else records
 
+    def undecoded(self) -> Iterator[Record]:
+        """Every record of all shards (of whichever `rank`) once, in order, pictures left in the tar."""
+        return (record for shard in self.shards for record in self._chosen(shard).undecoded())
+
+    def select(self, keep: Callable[[Record], bool], change: Callable[[Record], Record] | None = None) -> Stream:
+        """This stream with only the records that `keep` accepts, as `change` returns them; both see undecoded records."""
+        chosen = copy.copy(self)
+        if self._keep is None:
+            chosen._keep, chosen._change = keep, change
+            return chosen
+        first, edit = self._keep, self._change or (lambda record: record)
+        chosen._keep = lambda record: first(record) and keep(edit(record))
+        chosen._change = edit if change is None else lambda record: change(edit(record))
+        return chosen
+
     def _shard(self, shard: str) -> Iterator[Record]:
-        return webdataset(shard).iterate(on_error="skip" if self.on_error == "skip" else "raise", log=self.log)
+        return self._chosen(shard).iterate(on_error="skip" if self.on_error == "skip" else "raise", log=self.log)
+
+    def _chosen(self, shard: str) -> Records:
+        records = webdataset(shard)
+        if self._keep is not None:
+            records = records[[i for i, record in enumerate(records.undecoded()) if self._keep(record)]]
+        return records if self._change is None else records.map(self._change, images=False)
 
     def _mixed(self, records: Iterator[Record], turn: int) -> Iterator[Record]:
         import random
