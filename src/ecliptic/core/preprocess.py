@@ -1,4 +1,4 @@
-"""Pictures to tensors, exactly as the checkpoint's own processor does it, without torchvision.
+"""Pictures to pixels, exactly as the checkpoint's own processor does it, without torchvision and, but for the last step, torch.
 
 The resize and crop arithmetic follows the Pillow processors of transformers to the bit (the long side is truncated, not
 rounded: rounding moves pixels by up to 1.85 normalised units on a 640 x 480 picture). Rescaling and normalising are one
@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # arXiv 2103.00020, official code
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)  # SigLIP
+FAST_MARGIN = 2  # a JPEG decoder shrinks with a coarse filter: what it leaves is at least this many times too large
 
 # What the published processors use where their saved config leaves a key out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -107,6 +109,11 @@ class ImagePreprocess:
         """The smallest side in pixels that a decoder must deliver for nothing to be lost."""
         return self.shortest if self.shortest is not None else max(self.size or (0,))
 
+    @property
+    def fast_side(self) -> int:
+        """The side in pixels below which fast decoding must not shrink a picture: `side` with room for the resize, ours."""
+        return FAST_MARGIN * self.side
+
     @cached_property
     def _table(self) -> np.ndarray:
         """(3, 256) float32: normalised value of each byte, in the order and precision that transformers computes it."""
@@ -138,13 +145,19 @@ class ImagePreprocess:
 
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """Pictures of any size -> (B, 3, H, W) float32."""
+        import torch
+
+        return torch.from_numpy(self.pixels(images))
+
+    def pixels(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """What a call gives, as an array: (B, 3, H, W) float32."""
         if not len(images):
             height, width = self.crop or self.size or (self.side, self.side)
-            return torch.empty(0, 3, height, width)
+            return np.empty((0, 3, height, width), np.float32)
         arrays = [self.resized(image) for image in images]
         if len({array.shape for array in arrays}) > 1:
             raise ValueError("pictures of different shapes stay different without a crop: give them one at a time")
-        return torch.from_numpy(self.normalise(np.stack(arrays)))
+        return self.normalise(np.stack(arrays))
 
 
 def _size(size: Any, square: bool) -> tuple[int | None, tuple[int, int] | None]:
