@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import yaml
 
 from ecliptic.apps import recipes
 from ecliptic.core.encoder import load
-from ecliptic.core.pipeline import RecipeError
+from ecliptic.core.pipeline import RecipeError, State
 
 TRAIN = {"objective": "infonce", "steps": 2, "batch_size": 8, "lr": "1e-4"}
 
@@ -111,6 +113,29 @@ def test_shots_are_so_many_of_each_label_and_the_seed_chooses_them():
     assert {labels.count(label) for label in labels} == {3}
     assert chosen.ids == recipes.Data("scenes", shots=3).records().ids
     assert chosen.ids != recipes.Data("scenes", shots=3, seed=1).records().ids
+
+
+def test_the_documented_recipe_and_its_python_give_the_same_numbers(write, tmp_path):
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (recipe,), (python,) = (re.findall(rf"```{kind}\n(.*?)```", text, re.S) for kind in ("yaml", "python"))
+    outcome, _ = recipes.run(write(recipe), tmp_path / "run")
+    names: dict = {}
+    exec(compile(python, "recipes.md", "exec"), names)  # our own file
+    by_title = dict(outcome.state.reports)
+    for title in ("before", "after"):
+        here = by_title[title].to_json()
+        assert here == names[title].to_json()
+        assert len(here) > 5
+
+
+def test_other_records_under_the_same_number_are_noticed(write, tmp_path):
+    file = tmp_path / "data.csv"
+    said = []
+    for caption in ("a dog", "a cat"):
+        file.write_text(f"image,caption\n{_pictures(tmp_path)[0]},{caption}\n")
+        said.append(recipes.Data(str(file)).run(State(), tmp_path))
+    assert said[0] != said[1]
+    assert "1 records" in said[0]
 
 
 def test_the_example_is_a_recipe(write):
