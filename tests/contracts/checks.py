@@ -29,6 +29,7 @@ from ecliptic.core.batches import collate
 from ecliptic.core.contracts import DataStep, Features, ModelStep, Objective, Prediction, Predictor, Views
 from ecliptic.core.encoder import HFEncoder
 from ecliptic.core.encoder import load as load_encoder
+from ecliptic.data.records import Records
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}  # float32 sums in another order; exact equality is asked for where it is due
 Check = Callable[["Case", HFEncoder], None]
@@ -480,6 +481,35 @@ def data_order(case: Case, encoder: HFEncoder) -> None:
     turned = by_id(step.apply(list(records)[::-1]))
     straight = by_id(step.apply(records))
     same({k: turned.get(k) for k in sorted(turned)}, {k: straight[k] for k in sorted(straight)}, "another order")
+    places = {record["id"]: i for i, record in enumerate(records)}
+    found = [places[id] for id in straight if id in places]
+    assert found == sorted(found), "the records came out in another order than they went in"
+
+
+def data_lazy(case: Case, encoder: HFEncoder) -> None:
+    """apply opens no picture and walks over nothing that has no length; each picture is then opened at most once a walk."""
+    step, records = case.tiny()
+    records = list(records)
+    opened: list[str] = []
+    walks: list[None] = []
+
+    def load(record: Any) -> Any:
+        opened.append(record["id"])
+        return {**record, "image": records[record["place"]]["image"]}
+
+    stored = Records(len(records), lambda i: {**records[i], "image": f"{i}.png", "place": i}, load=load)
+
+    class Pool:
+        def __iter__(self) -> Iterator[Any]:
+            walks.append(None)
+            return iter(records)
+
+    from_records, from_pool = step.apply(stored), step.apply(Pool())
+    assert not opened, f"apply opened the pictures of {opened}"
+    assert not walks, "apply walked over the records"
+    kept = [{key: value for key, value in record.items() if key != "place"} for record in from_records]
+    assert len(opened) == len(set(opened)), "a picture was opened more than once in one walk"
+    same(kept, list(from_pool), "from records and from a pool that can only be walked over", exact=True)
 
 
 def data_shards(case: Case, encoder: HFEncoder) -> None:
@@ -561,6 +591,7 @@ CHECKS: dict[str, dict[str, Check]] = {
         "reiterable": data_reiterable,
         "deterministic": data_deterministic,
         "order": data_order,
+        "lazy": data_lazy,
         "shards": data_shards,
         "inputs": data_inputs,
     },

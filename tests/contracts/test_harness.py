@@ -368,6 +368,21 @@ class Positional(Shout):
         return [{**r, "caption": f"{i}"} for i, r in enumerate(pairs)]
 
 
+class Backwards(Shout):
+    def apply(self, pairs):
+        return Stream(sorted(pairs, key=lambda r: r["id"], reverse=True), self.one)
+
+
+class Hasty(Shout):
+    def apply(self, pairs):
+        return Stream([*pairs], self.one)
+
+
+class Twice(Shout):
+    def apply(self, pairs):
+        return Stream(pairs, lambda r: self.one(pairs[r["place"]] if "place" in r else r))
+
+
 class Counting(Shout):
     def apply(self, pairs):
         return [{**r, "caption": f"one of {len(pairs)}"} for r in pairs]
@@ -428,7 +443,8 @@ BROKEN: dict[tuple[str, str], dict[Any, str]] = {
     ("DataStep", "finite"): {Empties: r"kept nothing"},
     ("DataStep", "reiterable"): {OneWalk: r"walked over twice"},
     ("DataStep", "deterministic"): {Fickle: r"caption differs"},
-    ("DataStep", "order"): {Positional: r"caption differs"},
+    ("DataStep", "order"): {Positional: r"caption differs", Backwards: r"in another order than they went in"},
+    ("DataStep", "lazy"): {Hasty: r"apply opened the pictures of", Twice: r"opened more than once"},
     ("DataStep", "shards"): {Counting: r"caption differs"},
     ("DataStep", "inputs"): {InPlaceRecords: r"apply changed its records"},
     ("function", "finite"): {infinite: r"not finite"},
@@ -460,7 +476,7 @@ def test_a_broken_method_is_caught_for_what_it_does(kind, rule, subject, message
 
 def test_every_rule_has_a_method_that_breaks_it():
     assert set(BROKEN) == {(kind, rule) for kind, rules in CHECKS.items() for rule in rules}
-    assert sum(map(len, BROKEN.values())) == 41
+    assert sum(map(len, BROKEN.values())) == 44
 
 
 def test_a_warning_is_an_error():
