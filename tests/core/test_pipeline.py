@@ -127,6 +127,26 @@ def test_an_interrupted_run_goes_on_where_it_was(model, tmp_path, monkeypatch):
     assert [step.resumed for step in done.steps] == [False, False, True, False]
 
 
+def test_a_training_goes_on_from_its_last_checkpoint(model, tmp_path, monkeypatch):
+    lines = [{"load": model}, "give", {"train": {**TRAIN["train"], "steps": 6, "checkpoint_every": 2}}]
+    whole = recipe(*lines).run(tmp_path / "whole").state.encoder
+    computed, terms = [], InfoNCE.terms
+
+    def counted(self, views):
+        computed.append(1)
+        if len(computed) == 4:
+            raise OSError("the machine went away")
+        return terms(self, views)
+
+    monkeypatch.setattr(InfoNCE, "terms", counted)
+    with pytest.raises(OSError, match="went away"):
+        recipe(*lines).run(tmp_path / "cut")
+    resumed = recipe(*lines).run(tmp_path / "cut").state.encoder
+    assert len(computed) == 4 + 4  # three steps and a failure, then the four after the checkpoint at step 2
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
 def test_what_changes_is_repeated_with_all_that_follows(model, tmp_path):
     recipe({"load": model}, "give", TRAIN, "measure").run(tmp_path)
     longer = {"train": {**TRAIN["train"], "steps": 3}}
