@@ -59,6 +59,29 @@ def prompts(name: str, templates: str | Sequence[str] = "photo") -> list[str]:
     return [template.replace("{}", name) for template in template_set(templates)]
 
 
+def class_prompts(names: Sequence[str], templates: str | Sequence[str] = "photo") -> list[str]:
+    """K class names in T templates -> K * T prompts, all of the first name first.
+
+    Raises ValueError for no names, an empty name, or one that occurs twice.
+    """
+    if isinstance(names, str):
+        raise TypeError(f"class names must be a sequence of strings, not the one string {names!r}")
+    names = list(names)
+    if not names:
+        raise ValueError("there are no class names: at least one is needed")
+    first: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            raise TypeError(f"class {i} is {name!r}: class names are text")
+        if not name.strip():
+            raise ValueError(f"class {i} has an empty name")
+        if name.strip() in first:
+            raise ValueError(f"class {name.strip()!r} occurs twice, at {first[name.strip()]} and {i}")
+        first[name.strip()] = i
+    chosen = template_set(templates)
+    return [text for name in names for text in prompts(name.strip(), chosen)]
+
+
 def zero_shot_head(
     encoder: HFEncoder,
     names: Sequence[str],
@@ -70,26 +93,16 @@ def zero_shot_head(
 
     templates: a name in `TEMPLATES`, one template, or several. One template gives exactly the encoder's own embedding
     of that prompt. overflow: what to do with names too long for the text tower; cutting one silently would make another
-    class of it, so the default is an error. Raises ValueError for no names, an empty name, or one that occurs twice.
+    class of it, so the default is an error. Raises as `class_prompts` does.
     """
-    if isinstance(names, str):
-        raise TypeError(f"class names must be a sequence of strings, not the one string {names!r}")
-    names = list(names)
-    if not names:
-        raise ValueError("there are no class names: a zero-shot head needs at least one")
-    first: dict[str, int] = {}
-    for i, name in enumerate(names):
-        if not isinstance(name, str):
-            raise TypeError(f"class {i} is {name!r}: class names are text")
-        if not name.strip():
-            raise ValueError(f"class {i} has an empty name")
-        if name.strip() in first:
-            raise ValueError(f"class {name.strip()!r} occurs twice, at {first[name.strip()]} and {i}")
-        first[name.strip()] = i
-    chosen = template_set(templates)
-    texts = [text for name in names for text in prompts(name.strip(), chosen)]
-    embedded = encoder.encode_texts(texts, overflow=overflow).reshape(len(names), len(chosen), -1)
-    return embedded[:, 0] if len(chosen) == 1 else normalize(embedded.mean(1), dim=-1)
+    texts = class_prompts(names, templates)
+    return mean_prompt(encoder.encode_texts(texts, overflow=overflow), len(names))
+
+
+def mean_prompt(embedded: Tensor, classes: int) -> Tensor:
+    """Unit prompts (K * T, D), as `class_prompts` orders them, -> (K, D) unit rows: the mean of each class, made unit again."""
+    grouped = embedded.reshape(classes, -1, embedded.shape[-1])
+    return grouped[:, 0] if grouped.shape[1] == 1 else normalize(grouped.mean(1), dim=-1)
 
 
 def zero_shot_probabilities(encoder: HFEncoder, images: Tensor, head: Tensor) -> Tensor:
