@@ -1,7 +1,7 @@
 """From records to batches: an order that depends only on the seed, collating, and decoding beside the model.
 
 Batch `i` is a function of (seed, i) and of nothing else, so a resumed run goes on at the exact record without any saved state,
-and it does not matter how many threads prepare the batches.
+and it does not matter how many threads prepare the batches, or how many processes share one.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ B = TypeVar("B")
 Batch = Mapping[str, Any]
 _TOKENIZING = threading.Lock()  # tokenizers are shared between encoders and keep state of their own
 Augment = Callable[[Record, np.random.Generator], Record]
+Part = Callable[[int], slice]
+
+
+def _all(count: int) -> slice:
+    return slice(count)
 
 
 class Order:
@@ -58,6 +63,8 @@ class Indexed:
 
     A record that cannot be read (OSError, ValueError) is replaced by another, drawn from (seed, epoch,
     index), and noted in `unreadable` (index -> reason). Ten unreadable ones in a row raise.
+
+    part: size -> which rows of each batch to prepare, asked when a batch is made (of several processes each prepares its own).
     """
 
     def __init__(
@@ -67,14 +74,15 @@ class Indexed:
         seed: int,
         collate: Callable[[list[Record]], Batch],
         augment: Augment | None,
+        part: Part = _all,
     ):
-        self.pairs, self.seed, self.collate, self.augment = pairs, seed, collate, augment
+        self.pairs, self.seed, self.collate, self.augment, self.part = pairs, seed, collate, augment, part
         self.order = Order(len(pairs), size, seed)
         self.threads_allowed = True
         self.unreadable: dict[int, str] = {}
 
     def __call__(self, i: int) -> Batch:
-        indices = self.order(i)
+        indices = self.order(i)[self.part(self.order.size)]
         many = getattr(self.pairs, "batch", None)
         epoch = self.order.epoch(i)
         if many is not None:
@@ -115,15 +123,10 @@ class Streamed:
         collate: Callable[[list[Record]], Batch],
         augment: Augment | None,
         window: int = 1024,
+        part: Part = _all,
     ):
-        self.pairs, self.size, self.seed, self.collate, self.augment, self.window = (
-            pairs,
-            size,
-            seed,
-            collate,
-            augment,
-            max(window, size),
-        )
+        self.pairs, self.size, self.seed, self.window = pairs, size, seed, max(window, size)
+        self.collate, self.augment, self.part = collate, augment, part
         self.threads_allowed = False
         self._lock = threading.Lock()
         self._next = 0
@@ -138,9 +141,10 @@ class Streamed:
                 self._next += 1
             self._next += 1
             records = next(self._groups)
+        mine = range(self.size)[self.part(self.size)]
         if self.augment is not None:
-            records = [_augmented(self.augment, record, self.seed, i, place) for place, record in enumerate(records)]
-        return self.collate(records)
+            return self.collate([_augmented(self.augment, records[place], self.seed, i, place) for place in mine])
+        return self.collate([records[place] for place in mine])
 
     def _walk(self) -> Iterator[list[Record]]:
         epoch = 0
@@ -257,8 +261,8 @@ def _caption(record: Record) -> str:
 
 
 def _number(text: str) -> int:
-    """A stable signed 64-bit number: equal for equal texts, and for no others in practice."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+    """A stable number below 2**63: equal for equal texts in every process, and for no others in practice."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def check(pairs: Pairs | None, objective: Objective, custom: bool) -> None:

@@ -3,35 +3,37 @@
 What makes a run repeatable: batch `i` depends only on (seed, i), and every step seeds all generators from (seed, step,
 process). So a checkpoint needs no generator state, a resumed run equals an undisturbed one bit for bit on a CPU, and neither
 the generators' global state nor the encoder that was given is changed by training.
+
+Under several processes (torchrun, accelerate launch) `Train` makes the same updates as one process: each encodes its part of the
+batch, the objective sees the views of the whole batch, gradients are averaged. Only the main process writes files.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import math
-import random
+import os
 import re
-import signal
-import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set, Sized
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
+from contextlib import ExitStack, closing
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ecliptic.core import checkpoint
 from ecliptic.core.batches import Augment, Batch, Indexed, Streamed, cheap_column, check, collate, prefetch
+from ecliptic.core.borrowed import Interrupt, modes, only, own_accelerator, own_randomness, seed_all
+from ecliptic.core.checkpoint import Stateful, Store, plain
 from ecliptic.core.contracts import ModelStep, Objective, Pairs, Record
+from ecliptic.core.data_parallel import anybody, average, average_gradients, part_of, same_start
+from ecliptic.core.distributed import gather_views, rank, world_size
 from ecliptic.core.progress import Progress
+from ecliptic.core.train_log import Log
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,12 +51,6 @@ TOWERS = ("image", "text")
 
 class NonFiniteLoss(ArithmeticError):
     """A loss or gradient became infinite or NaN. Weights were not updated with it, and the last checkpoint stands."""
-
-
-class Stateful(Protocol):
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +76,7 @@ class Settings:
     keep: int = 2  # newest checkpoints kept
     resume: bool = True  # go on from the newest checkpoint in the folder
     log: str | Path | None = None  # JSONL; log.jsonl beside the checkpoints where there is such a folder
+    tensorboard: str | Path | bool = False  # folder of the same scalars; True: tensorboard/ beside the checkpoints
     evaluate_every: int = 0  # steps; 0 for only at the end
     workers: int = 2  # threads that prepare batches
 
@@ -92,6 +89,8 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         if self.grad_clip is not None and not self.grad_clip > 0:
             raise ValueError(f"grad_clip={self.grad_clip}: must be positive, or None for no clipping")
+        if self.tensorboard is True and self.checkpoints is None:
+            raise ValueError("tensorboard=True writes beside the checkpoints: give checkpoints=..., or a folder here")
         for name in ("optimizer", "schedule", "precision"):
             choices = {"optimizer": ("adamw", "sgd"), "schedule": SCHEDULES, "precision": ("no", "bf16", "fp16")}[name]
             if getattr(self, name) not in choices:
@@ -100,6 +99,17 @@ class Settings:
     @property
     def warmup_steps(self) -> int:
         return int(self.warmup if self.warmup >= 1 else self.warmup * self.steps)
+
+    @property
+    def log_file(self) -> Path | None:
+        beside = None if self.checkpoints is None else Path(self.checkpoints) / "log.jsonl"
+        return beside if self.log is None else Path(self.log)
+
+    @property
+    def tensorboard_folder(self) -> Path | None:
+        if self.tensorboard is True:
+            return Path(cast("str | Path", self.checkpoints)) / "tensorboard"
+        return Path(self.tensorboard) if self.tensorboard else None
 
 
 SCHEDULES = ("cosine", "linear", "constant")
@@ -186,37 +196,60 @@ def fit(
     A row: step, loss and terms (as before the update), lr, grad_norm (before clipping), samples_per_s, waited (share of the time
     spent waiting for data), and evaluate.
     Raises NonFiniteLoss, and KeyboardInterrupt after saving a checkpoint where a folder is given.
+
+    Under several processes each takes its own part of a batch (`batches` sees to that, `data_parallel.part_of` says which), all
+    start from the main one's weights, and the gradients are averaged. `evaluate` runs in all, and the main one's numbers count.
     """
     get = batches if callable(batches) else _in_turn(batches)
     chosen = select(module, trainable)
     device = next(iter(chosen.values())).device
-    stored = _Store(module, chosen, settings, extras or {}, identity or {})
+    stored = Store(
+        settings.checkpoints,
+        module,
+        chosen,
+        identity={name: getattr(settings, name) for name in _DECISIVE} | dict(identity or {}),
+        extras=extras or {},
+        keep=settings.keep,
+        resume=settings.resume,
+    )
 
     with ExitStack() as stack:
-        stack.enter_context(_own_randomness())
-        stack.enter_context(_only(module, chosen))
-        accelerator = stack.enter_context(_accelerator(device, settings.precision))
-        model = accelerator.prepare_model(_Step(module, loss_fn), device_placement=False)
+        stack.enter_context(own_randomness())
+        stack.enter_context(only(module, chosen))
+        accelerator = stack.enter_context(own_accelerator(device, settings.precision))
+        main, scaler = rank() == 0, accelerator.scaler
+        # Evaluation mode, in accelerate's words: mixed precision, and no wrapper that averages gradients (we do).
+        model = accelerator.prepare_model(_Step(module, loss_fn), device_placement=False, evaluation_mode=True)
         optimizer = accelerator.prepare_optimizer(_optimizer(chosen, settings), device_placement=False)
-        start = stored.resume(optimizer, accelerator)
-        log = stack.enter_context(_Log(settings, start, active=accelerator.is_main_process))
-        interrupt = stack.enter_context(_Interrupt())
-        bar = stack.enter_context(Progress(title, settings.steps, unit=unit, start=start))
+        start = stored.resume(optimizer, scaler)
+        same_start(module)
+        log = stack.enter_context(Log(settings.log_file, start, settings.tensorboard_folder, writing=main))
+        interrupt = stack.enter_context(Interrupt())
+        shown = None if main else False
+        bar = stack.enter_context(Progress(title, settings.steps, unit=unit, start=start, shown=shown))
         threads = settings.workers if getattr(get, "threads_allowed", True) else min(settings.workers, 1)
         wanted = range(start * settings.accumulate, settings.steps * settings.accumulate)
-        stream = stack.enter_context(_closing(prefetch(get, wanted, threads)))
+        stream = stack.enter_context(closing(prefetch(get, wanted, threads)))
+
+        def save(step: int) -> None:
+            if main and stored.at != step:
+                stored.save(step, optimizer, scaler)
 
         step, updating = start, False
         try:
             while step < settings.steps:
-                interrupt.check()
+                if anybody(interrupt.asked, device):  # then all stop, after the same step
+                    save(step)
+                    anybody(False, device)
+                    raise KeyboardInterrupt
                 began = time.perf_counter()
                 group = [next(stream) for _ in range(settings.accumulate)]
                 waited = time.perf_counter() - began
 
                 terms = _gradients(accelerator, model, group, settings.seed, step, device)
+                average_gradients(list(chosen.values()))
                 norm = float(accelerator.clip_grad_norm_(list(chosen.values()), settings.grad_clip or math.inf))
-                _require_finite(step + 1, terms, norm, stored.newest, scaled=accelerator.scaler is not None)
+                _require_finite(step + 1, terms, norm, stored.newest, scaled=scaler is not None)
 
                 share = rate(step, settings.steps, settings.warmup_steps, settings.schedule, settings.floor)
                 for parameters in optimizer.param_groups:
@@ -230,7 +263,7 @@ def fit(
                 optimizer.zero_grad(set_to_none=True)
 
                 seconds = time.perf_counter() - began
-                count = sum(map(_size, group)) * accelerator.num_processes
+                count = sum(map(_size, group)) * world_size()
                 row: dict[str, Any] = {"step": step, "loss": sum(terms.values()), "terms": terms}
                 row |= {"lr": settings.lr * share, "grad_norm": norm, "samples_per_s": count / seconds}
                 row |= {"waited": waited / seconds}
@@ -242,11 +275,12 @@ def fit(
                     log.write(row)
                 bar.advance(units=count, note=f"loss {row['loss']:.4g}")
                 if step % settings.checkpoint_every == 0 or step == settings.steps:
-                    stored.save(step, optimizer, accelerator)
+                    save(step)
         except KeyboardInterrupt:
-            if not updating and stored.at != step:
-                stored.save(step, optimizer, accelerator)
+            if not updating:
+                save(step)
             raise
+        anybody(False, device)  # nobody leaves before the last checkpoint is there
     return log.rows
 
 
@@ -270,24 +304,22 @@ class _Step(nn.Module):
 def _gradients(
     accelerator: Accelerator, model: nn.Module, group: Sequence[Any], seed: int, step: int, device: torch.device
 ) -> dict[str, float]:
-    """Add up the gradient of one update over its batches; returns the mean terms. Chunked large batches replace this."""
+    """Add up the gradient of one update over its batches; returns the mean terms, over processes too."""
     from accelerate.utils import send_to_device
 
     sums: dict[str, float] = {}
     for place, batch in enumerate(group):
-        _seed(seed, step, place, accelerator.process_index)
+        seed_all(seed, step, place, rank())
         if device.type != "cpu":
             batch = send_to_device(batch, device, non_blocking=True)
-        last = place == len(group) - 1
-        with nullcontext() if last else accelerator.no_sync(model):
-            terms = model(batch)
-            loss = torch.stack([term.reshape(()).float() for term in terms.values()]).sum() / len(group)
-            if not loss.requires_grad:
-                raise ValueError(f"no loss term ({', '.join(terms)}) depends on a trained parameter")
-            accelerator.backward(loss)
-        values = {name: term.detach().double().reshape(()) for name, term in terms.items()}
-        for name, value in accelerator.reduce(values, "mean").items():
-            sums[name] = sums.get(name, 0.0) + float(value) / len(group)
+        terms = model(batch)
+        loss = torch.stack([term.reshape(()).float() for term in terms.values()]).sum() / len(group)
+        if not loss.requires_grad:
+            raise ValueError(f"no loss term ({', '.join(terms)}) depends on a trained parameter")
+        accelerator.backward(loss)
+        values = average(torch.stack([term.detach().double().reshape(()) for term in terms.values()]))
+        for name, value in zip(terms, values.tolist(), strict=True):
+            sums[name] = sums.get(name, 0.0) + value / len(group)
     return sums
 
 
@@ -314,7 +346,7 @@ def _optimizer(chosen: Mapping[str, nn.Parameter], settings: Settings) -> torch.
 
 
 def _evaluated(module: nn.Module, evaluate: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-    with _modes(module):
+    with modes(module):
         module.eval()
         return {name: float(value) for name, value in evaluate().items()}
 
@@ -339,250 +371,6 @@ def _size(batch: Any) -> int:
 def _examples(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:4]) + (f" ... ({len(names)} in all)" if len(names) > 4 else "")
-
-
-# -- what a run borrows and gives back ---------------------------------------------------------------------------------
-
-
-def _seed(*numbers: int) -> None:
-    """Seed every generator from these numbers alone."""
-    words = np.random.SeedSequence(numbers).generate_state(3, np.uint32)
-    torch.manual_seed((int(words[0]) << 31) ^ int(words[1]))
-    np.random.seed(int(words[2]))  # noqa: NPY002  the global generator, for code that draws from it
-    random.seed(int(words[2]))
-
-
-@contextmanager
-def _own_randomness() -> Iterator[None]:
-    """Put the state of the global generators of torch, numpy and random back at the end."""
-    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    plain, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices=cuda):
-            yield
-    finally:
-        random.setstate(plain)
-        np.random.set_state(arrays)  # noqa: NPY002
-
-
-@contextmanager
-def _modes(module: nn.Module) -> Iterator[None]:
-    """Put every submodule's training flag back at the end."""
-    before = [(child, child.training) for child in module.modules()]
-    try:
-        yield
-    finally:
-        for child, training in before:
-            child.training = training
-
-
-@contextmanager
-def _only(module: nn.Module, chosen: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Only `chosen` require grad; parts without any of them stay in evaluation mode (dropout, running statistics)."""
-    flags = [(p, p.requires_grad) for p in module.parameters()]
-    ids = {id(p) for p in chosen.values()}
-    with _modes(module):
-        module.train()
-        for child in module.modules():
-            own = list(child.parameters())
-            if own and not any(id(p) in ids for p in own):
-                child.eval()
-        for parameter, _ in flags:
-            parameter.requires_grad_(id(parameter) in ids)
-        try:
-            yield
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-                if id(parameter) in ids:
-                    parameter.grad = None
-
-
-@contextmanager
-def _accelerator(device: torch.device, precision: str) -> Iterator[Accelerator]:
-    """An accelerator of our own. Its settings are process-wide in accelerate, so the caller's, if any, are put back."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-
-    whole, part = dict(AcceleratorState._shared_state), dict(PartialState._shared_state)
-    AcceleratorState._reset_state(reset_partial_state=part.get("num_processes", 1) == 1)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision, cpu=device.type == "cpu", step_scheduler_with_optimizer=False
-        )
-        if accelerator.num_processes > 1:
-            raise NotImplementedError("training over several processes is not supported yet: start one process")
-        yield accelerator
-    finally:
-        for state, before in ((AcceleratorState._shared_state, whole), (PartialState._shared_state, part)):
-            state.clear()
-            state.update(before)
-
-
-@contextmanager
-def _closing(stream: Iterator[B]) -> Iterator[Iterator[B]]:
-    try:
-        yield stream
-    finally:
-        cast(Any, stream).close()
-
-
-class _Interrupt:
-    """Holds the first Ctrl-C back until the weights are whole; a second one comes through at once."""
-
-    def __init__(self) -> None:
-        self._asked = False
-        self._before: Any = None
-
-    def __enter__(self) -> _Interrupt:
-        main = threading.current_thread() is threading.main_thread()
-        if main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            self._before = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
-
-    def check(self) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-
-
-class _Store:
-    """A run's checkpoints: the trained parameters, all buffers, the optimiser, the step, and what the run must agree with."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        chosen: Mapping[str, nn.Parameter],
-        settings: Settings,
-        extras: Mapping[str, Stateful],
-        identity: Mapping[str, Any],
-    ):
-        self.module, self.chosen, self.settings, self.extras = module, chosen, settings, extras
-        self.folder = None if settings.checkpoints is None else Path(settings.checkpoints)
-        self.newest: Path | None = None
-        self.mine: list[Path] = []
-        self.at = -1
-        if self.folder is not None:
-            same = {name: _plain(getattr(settings, name)) for name in _DECISIVE} | _plain(dict(identity))
-            self.identity = {**same, "trained parameters": sorted(chosen), "frozen weights": self._frozen()}
-
-    def resume(self, optimizer: Any, accelerator: Accelerator) -> int:
-        """Load the newest checkpoint, if there is one to go on from; returns the steps done."""
-        found = checkpoint.checkpoints(self.folder) if self.folder is not None and self.settings.resume else []
-        if not found:
-            return 0
-        step, path = found[-1]
-        state = checkpoint.load(path)
-        differing = [name for name in self.identity if state["identity"].get(name) != self.identity[name]]
-        if differing:
-            listed = "; ".join(
-                f"{name}: {_short(state['identity'].get(name))} there, {_short(self.identity[name])} here"
-                for name in differing
-            )
-            raise ValueError(
-                f"{path} is of another run ({listed}). Use the same settings, another folder, or resume=False to start afresh"
-            )
-        self.module.load_state_dict(state["model"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        if accelerator.scaler is not None and state["scaler"]:
-            accelerator.scaler.load_state_dict(state["scaler"])
-        for name, extra in self.extras.items():
-            extra.load_state_dict(state["extras"][name])
-        self.newest, self.at, self.mine = path, step, [path for _, path in found]
-        return step
-
-    def save(self, step: int, optimizer: Any, accelerator: Accelerator) -> None:
-        if self.folder is None or not accelerator.is_main_process:
-            return
-        buffers = {name for name, _ in self.module.named_buffers()}
-        state = {
-            "step": step,
-            "identity": self.identity,
-            "model": {k: v for k, v in self.module.state_dict().items() if k in self.chosen or k in buffers},
-            "optimizer": optimizer.state_dict(),
-            "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
-            "extras": {name: extra.state_dict() for name, extra in self.extras.items()},
-        }
-        self.newest, self.at = checkpoint.save(self.folder, step, state), step
-        self.mine = [*(path for path in self.mine if path != self.newest), self.newest][-self.settings.keep :]
-        for _, path in checkpoint.checkpoints(self.folder):
-            if path not in self.mine:  # older ones, and those of a run that this one starts afresh
-                path.unlink()
-
-    def _frozen(self) -> int:
-        """A checksum of the weights that are not trained, and so not stored."""
-        total = 0
-        for name, parameter in self.module.named_parameters():
-            if name not in self.chosen:
-                data = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                total = zlib.crc32(cast(Any, data), zlib.crc32(name.encode(), total))
-        return total
-
-
-class _Log:
-    """JSON lines, one per step, flushed as they come. Resuming drops the rows after the checkpoint."""
-
-    def __init__(self, settings: Settings, start: int, active: bool):
-        path = settings.log
-        if path is None and settings.checkpoints is not None:
-            path = Path(settings.checkpoints) / "log.jsonl"
-        self.path = Path(path) if path is not None and active else None
-        self.start = start
-        self.rows: list[dict[str, Any]] = []
-
-    def __enter__(self) -> _Log:
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.start and self.path.exists():
-                lines = map(_row, self.path.read_text().splitlines())
-                self.rows = [row for row in lines if row and row["step"] <= self.start]
-            part = self.path.with_name(f".{self.path.name}.writing")
-            part.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-            part.replace(self.path)
-            self._file = self.path.open("a")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.path is not None:
-            self._file.close()
-
-    def write(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        if self.path is not None:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:  # the last line of a killed run
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON would give it back; what JSON does not know becomes its name."""
-
-    def name(thing: Any) -> str:
-        if isinstance(thing, Path):
-            return str(thing)
-        return str(getattr(thing, "id", None) or getattr(thing, "__qualname__", None) or type(thing).__qualname__)
-
-    return json.loads(json.dumps(value, default=name))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # -- an encoder under an objective -------------------------------------------------------------------------------------
@@ -645,20 +433,23 @@ class Train(Settings, ModelStep):
                 return cast(Batch, own_collate(student, records))
             return collate(student, records, objective)
 
-        def loss(batch: Batch) -> dict[str, Tensor]:
+        def loss(numbered: tuple[int, Batch]) -> dict[str, Tensor]:
+            number, batch = numbered
             views = objective.encode(student, batch)
             if "group" in batch:
                 views.groups = batch["group"]
+            views = gather_views(views)
+            seed_all(self.seed, number)  # what the objective draws is the same in every process: it has the whole batch
             return objective.terms(views)
 
         indexed = hasattr(pairs, "__len__") and hasattr(pairs, "__getitem__")
         kind: Any = Indexed if indexed else Streamed
-        batches = kind(pairs, self.batch_size, self.seed, make, self.augment)
+        batches = kind(pairs, self.batch_size, self.seed, make, self.augment, part=part_of)
         evaluate = self.evaluate
         log = fit(
             module,
             loss,
-            batches,
+            _Numbered(batches),
             self,
             trainable=lambda name, parameter: self._accepts(name, parameter, frozen),
             after_step=_scale_clamp(student),
@@ -685,14 +476,14 @@ class Train(Settings, ModelStep):
             value = getattr(self, item.name)
             default = item.default_factory() if item.default_factory is not MISSING else item.default
             if item.name in _DECISIVE and value != default:
-                changed[item.name] = _plain(value)
+                changed[item.name] = plain(value)
         return {**self._said(), "steps": self.steps, "seed": self.seed, **changed}
 
     def _said(self) -> dict[str, Any]:
         said: dict[str, Any] = {"objective": describe(self.objective), "batch_size": self.batch_size}
         for name in ("trainable", "freeze", "augment", "collate"):
             if value := getattr(self, name):
-                said[name] = _plain(value)
+                said[name] = plain(value)
         return said
 
     def _accepts(self, name: str, parameter: nn.Parameter, frozen: Set[int]) -> bool:
@@ -710,7 +501,19 @@ class Train(Settings, ModelStep):
     def _device(self, home: torch.device) -> torch.device:
         if self.device is not None:
             return torch.device(self.device)
-        return torch.device("cuda") if home.type == "cpu" and torch.cuda.is_available() else home
+        if home.type != "cpu" or not torch.cuda.is_available():
+            return home
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # one GPU for each process of a machine
+
+
+class _Numbered:
+    """Batches together with their numbers."""
+
+    def __init__(self, batches: Any):
+        self.batches, self.threads_allowed = batches, batches.threads_allowed
+
+    def __call__(self, i: int) -> tuple[int, Batch]:
+        return i, self.batches(i)
 
 
 def describe(objective: Objective) -> dict[str, Any]:
@@ -718,7 +521,7 @@ def describe(objective: Objective) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if is_dataclass(objective):
         values = {item.name: getattr(objective, item.name) for item in fields(objective)}
-    return {"name": type(objective).__name__, **_plain(values)}
+    return {"name": type(objective).__name__, **plain(values)}
 
 
 def _records(pairs: Pairs) -> list[int] | None:
