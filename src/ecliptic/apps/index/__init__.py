@@ -4,18 +4,22 @@ Opening and searching need numpy alone; only text and picture queries, and addin
 """
 
 from ecliptic.apps.index.errors import (
+    DamagedGraphWarning,
     DamagedIndexError,
     DiskFullError,
     IndexBusyError,
     IndexProblem,
     NoIndexError,
     OtherModelError,
+    SlowSearchWarning,
 )
-from ecliptic.apps.index.index import Change, Hit, Index
+from ecliptic.apps.index.index import Change, Check, Hit, Index
 from ecliptic.apps.index.store import Signature
 
 __all__ = [
     "Change",
+    "Check",
+    "DamagedGraphWarning",
     "DamagedIndexError",
     "DiskFullError",
     "Hit",
@@ -25,4 +29,5 @@ __all__ = [
     "NoIndexError",
     "OtherModelError",
     "Signature",
+    "SlowSearchWarning",
 ]

@@ -25,3 +25,11 @@ class DiskFullError(IndexProblem):
 
 class DamagedIndexError(IndexProblem):
     """The vector file is shorter than the catalogue says, or the catalogue cannot be read."""
+
+
+class DamagedGraphWarning(UserWarning):
+    """The graph for fast search cannot be read; search compares with every row instead."""
+
+
+class SlowSearchWarning(UserWarning):
+    """The index is large enough for a graph, but faiss is not installed."""

@@ -9,7 +9,6 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -17,19 +16,17 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ecliptic.apps.index import exact
-from ecliptic.apps.index.errors import IndexBusyError, OtherModelError
+from ecliptic.apps.index import ann, exact
+from ecliptic.apps.index.errors import OtherModelError
 from ecliptic.apps.index.scan import Found, Scan, absolute, scan
-from ecliptic.apps.index.store import Item, Signature, Snapshot, Store, to_json
-from ecliptic.core.files import sync_folder
-from ecliptic.data.cache import lock
+from ecliptic.apps.index.store import Backend, Item, Progress, Signature, Store, to_json
 
 Array = NDArray[Any]
-Progress = Callable[[int, int], None]
 
 MAX_BYTES = 256 << 20  # a larger file is refused rather than read into memory; ours
 RACY_NS = 2_000_000_000  # a file this young may change again within one tick of its clock (FAT counts in 2 s)
-COMPACT_FROM = 1024  # rows nobody owns before a rewrite is worth it; ours
+NOISE = 0.48  # length of what turns a unit vector to a cosine of 0.9 with itself, 1 / sqrt(1 + 0.48^2); ours
+CHUNK = 4096  # pictures of another index that are taken over in one commit
 
 
 class Refused(Exception):
@@ -71,12 +68,28 @@ class Change:
     repaired: int = 0
 
 
+class Check(NamedTuple):
+    """What `Index.check` found. Without problems and with pictures, the figures are there.
+
+    problems: one sentence each. covered: rows in the search graph (0: search compares with every row, and recall is 1).
+    recall: of the k best; interval: 95 %. milliseconds: median of one search as it is, and with every row.
+    """
+
+    problems: list[str]
+    pictures: int
+    covered: int
+    recall: float | None
+    interval: tuple[float, float] | None
+    milliseconds: float | None
+    milliseconds_every: float | None
+
+
 class Index:
     """Open one with `Index.open`, make one with `Index.create`."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Backend):
         self._store = store
-        self.folder = store.folder
+        self.folder = store.place
         state = store.snapshot()
         self.signature, self.source, self.root = state.signature, state.source, state.root
 
@@ -90,13 +103,7 @@ class Index:
         index can move together. source: what `ecliptic.load` opens the model with, for those who search later.
         """
         folder = absolute(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not Store.exists(folder):
-            top = folder.parent if root is None else absolute(root)
-            with _writing(folder):
-                if not Store.exists(folder):
-                    Store.create(folder, signature, top, source).close()
-                    sync_folder(folder)
+        Store.create(folder, signature, folder.parent if root is None else absolute(root), source)
         return cls.open(folder, signature)
 
     @classmethod
@@ -127,57 +134,68 @@ class Index:
         self.close()
 
     def __len__(self) -> int:
-        return int(self._store.select("COUNT(*)", "WHERE status = 'ok'")[0][0])
+        return self._store.count()
 
     def paths(self) -> list[str]:
         """Absolute paths of the searchable pictures, sorted."""
-        return sorted(self._absolute(path) for (path,) in self._store.select("path", "WHERE status = 'ok'"))
+        return sorted(self._absolute(item.path) for item in self._store.items() if item.status == "ok")
 
     def bad(self) -> list[tuple[str, str]]:
         """(path, reason) of the pictures that could not be embedded, sorted."""
-        rows = self._store.select("path, reason", "WHERE status = 'bad' ORDER BY path")
-        return [(self._absolute(path), reason) for path, reason in rows]
+        bad = [item for item in self._store.items() if item.status == "bad"]
+        return sorted((self._absolute(item.path), item.reason or "") for item in bad)
 
     # Searching
 
     def search(
-        self, query: Array, k: int = 10, glob: str | None = None, where: Mapping[str, Any] | None = None
+        self,
+        query: Array,
+        k: int = 10,
+        glob: str | None = None,
+        where: Mapping[str, Any] | None = None,
+        *,
+        every: bool = False,
     ) -> list[Hit]:
         """(D,) query -> the k pictures with the greatest cosine; equal scores are ordered by path.
 
         glob restricts to paths that match (`*` crosses folders; from any folder downwards unless absolute), where to
         extra fields that are equal; both are resolved before the search, so k hits come back whenever k pictures
-        qualify.
+        qualify. A large index is searched through its graph (`check` measures what that misses); every=True compares
+        with all rows.
         """
         query = np.asarray(query, np.float32)
         norm = float(np.linalg.norm(query))
         if not norm > 0:
             raise ValueError("the query vector is zero or not a number")
-        with self._view() as (_, vectors):
-            allowed = self._allowed(glob, where)
-            found, scores = exact.topk(query / norm, vectors, k, allowed)
-            described = self._describe(found.tolist())
-        ranked = zip(found.tolist(), scores.tolist(), strict=True)
-        hits = [Hit(described[row][0], score, described[row][1]) for row, score in ranked]
+        found = self._store.search(query / norm, k, glob, where, every)
+        hits = [
+            Hit(self._absolute(match.path), match.score, json.loads(match.extra) if match.extra else {})
+            for match in found
+        ]
         return sorted(hits, key=lambda hit: (-hit.score, hit.path))[:k]
 
     def vector(self, path: str | Path) -> Array | None:
         """(D,) float32: the stored vector of a picture, None where the index does not hold it."""
-        with self._view() as (_, vectors):
-            rows = self._store.select("row", "WHERE path = ? AND status = 'ok'", (self._key(path),))
-            return np.asarray(vectors[rows[0][0]], np.float32) if rows else None
+        item = self._store.find(self._key(path))
+        if item is None or item.status != "ok":
+            return None
+        (vector,) = self._store.stored([item])
+        return None if vector is None else vector.astype(np.float32)
 
     def duplicates(self, at_least: float | None = None) -> list[list[str]]:
         """Groups of two or more paths, sorted: same bytes, or with `at_least`, linked by cosines of that or more."""
         if at_least is None:
             same = defaultdict(list)
-            for path, digest in self._store.select("path, hash", "WHERE status = 'ok'"):
-                same[digest].append(self._absolute(path))
+            for item in self._store.items():
+                if item.status == "ok":
+                    same[item.hash].append(self._absolute(item.path))
             return sorted(sorted(group) for group in same.values() if len(group) > 1)
-        with self._view() as (_, vectors):
-            items = self._store.select("path, row", "WHERE status = 'ok' ORDER BY row")
-            pairs = exact.neighbours(vectors, np.array([row for _, row in items], np.int64), at_least)
-        return sorted(sorted(self._absolute(items[i][0]) for i in group) for group in _linked(pairs))
+        paths, vectors, rows = self._store.matrix()
+        if not paths:
+            return []
+        firsts, owner = ann.distinct(vectors, rows)  # copies would make very many pairs
+        linked = _linked(owner, exact.neighbours(vectors, rows[firsts], at_least))
+        return sorted(sorted(self._absolute(paths[i]) for i in group) for group in linked)
 
     # Keeping in step
 
@@ -191,6 +209,7 @@ class Index:
         workers: int | None = None,
         describe: Callable[[Path], Mapping[str, Any]] | None = None,
         progress: Progress | None = None,
+        graph_progress: Progress | None = None,
     ) -> Change:
         """Bring the index in step with folders or files: new, changed, moved and vanished pictures.
 
@@ -198,70 +217,122 @@ class Index:
         that vector. Bad pictures are recorded with their reason and left alone until they change. Work is committed
         every `commit_every` pictures, also on Ctrl-C, and a run killed at any moment is simply run again.
 
-        describe: extra fields of a newly embedded picture. progress: called with (done, total) files to look at.
+        describe: extra fields of a newly embedded picture. progress: called with (done, total) files to look at;
+        graph_progress: the same for the rows that a large index puts into its search graph when all is stored.
         """
         self.require(embedder.signature)
-        with _writing(self.folder):
+        with self._store.writing():
             repaired = self._store.recover()
             named = [sources] if isinstance(sources, (str, Path)) else list(sources)
             update = _Update(self, embedder, scan(named), describe)
             update.change.repaired = repaired
             update.run(batch_size, commit_every, workers or min(8, os.cpu_count() or 1), progress)
-            dead = self._store.snapshot().rows - len(self)
-            if dead >= COMPACT_FROM and dead > len(self):
-                self._store.compact()
+            self._store.tidy(graph_progress)
             return update.change
+
+    def update(self, embedder: Embedder, **options: Any) -> Change:
+        """Look again at every picture the index knows, wherever it lies: `add` without looking for new ones."""
+        return self.add([self.root / item.path for item in self._store.items()], embedder, **options)
+
+    def merge(self, other: Index, *, copies: bool = False, graph_progress: Progress | None = None) -> Change:
+        """Take over the pictures of another index of the same model, with their vectors; nothing is embedded.
+
+        Paths stay those of the other index's pictures: relative where they lie below this one's root, absolute
+        elsewhere. Pictures whose bytes are held under another path are left out unless `copies`. Where both know a
+        path, this index's entry stays, unless it is a bad one. Running it again finishes a merge that was killed.
+        """
+        self.require(other.signature)
+        if self.folder == other.folder:
+            raise ValueError(f"{self.folder} cannot be merged into itself")
+        change = Change()
+        with self._store.writing():
+            change.repaired = self._store.recover()
+            known = {item.path: item for item in self._store.items()}
+            held = {item.hash for item in known.values() if item.status == "ok"}
+            wanted: list[tuple[Item, Item]] = []
+            for item in sorted(other._store.items()):
+                renamed = item._replace(path=self._key(other.root / item.path), row=None)
+                mine = known.get(renamed.path)
+                usable = mine is None or (mine.status, item.status) == ("bad", "ok")
+                if not usable or (item.status == "ok" and item.hash in held and not copies):
+                    change.unchanged += 1
+                    continue
+                if item.status == "ok":
+                    held.add(item.hash)
+                    (change.added if mine is None else change.changed).append(self._absolute(renamed.path))
+                else:
+                    change.bad.append((self._absolute(renamed.path), item.reason or ""))
+                wanted.append((item, renamed))
+            for start in range(0, len(wanted), CHUNK):
+                part = wanted[start : start + CHUNK]
+                vectors = other._store.stored([item for item, _ in part])
+                put = [(renamed, vector) for (_, renamed), vector in zip(part, vectors, strict=True)]
+                self._store.commit(
+                    (), [(item, vector) for item, vector in put if item.status == "bad" or vector is not None]
+                )
+            self._store.tidy(graph_progress)
+        return change
+
+    def remove(self, paths: str | Path | Iterable[str | Path] = (), *, glob: str | None = None) -> list[str]:
+        """Forget pictures, by path (a folder stands for all below it) or by `glob` as in `search`; returns which.
+
+        Files are not touched, so `add` on the folder they lie in brings them back.
+        """
+        named = {self._key(path) for path in ([paths] if isinstance(paths, (str, Path)) else paths)}
+        with self._store.writing():
+            self._store.recover()
+            gone = {item.path for item in self._store.items(glob)} if glob is not None else set()
+            if named:
+                below = {item.path for item in self._store.items() if _under(item.path, named)}
+                gone |= below
+            for start in range(0, len(gone), CHUNK):
+                self._store.commit(sorted(gone)[start : start + CHUNK], ())
+            self._store.tidy(None)
+        return sorted(self._absolute(path) for path in gone)
 
     def compact(self) -> int:
         """Give back the space of vectors that no picture owns; returns how many there were."""
-        with _writing(self.folder):
+        with self._store.writing():
             self._store.recover()
             return self._store.compact()
 
+    def check(self, sample: int = 100, k: int = 10, seed: int = 0, queries: Array | None = None) -> Check:
+        """Whether everything stored is sound, and how much the graph misses: recall of its k best among the true k best.
+
+        The queries are `sample` stored vectors, each turned by noise to a cosine of about 0.9 with itself, as another
+        picture of the same thing would be; or `queries` (Q, D), to ask what is really asked. A hit counts if it scores
+        as well as the true k-th.
+        """
+        problems = self._store.problems()
+        paths, vectors, rows = ([], np.empty((0, 0)), np.empty(0)) if problems else self._store.matrix()
+        if not paths:
+            return Check(problems, 0, 0, None, None, None, None)
+        from ecliptic.eval.metrics import proportion_interval
+
+        if queries is None:
+            rng = np.random.default_rng(seed)
+            drawn = np.asarray(vectors[rng.choice(rows, min(sample, len(rows)), replace=False)], np.float32)
+            noise = rng.standard_normal(drawn.shape)
+            queries = drawn + NOISE * noise / np.linalg.norm(noise, axis=1, keepdims=True)
+        recalls, spent = [], {False: list[float](), True: list[float]()}
+        for query in queries:
+            found: dict[bool, list[Hit]] = {}
+            for every in (False, True):
+                start = time.perf_counter()
+                found[every] = self.search(query, k, every=every)
+                spent[every].append(time.perf_counter() - start)
+            recalls.append(sum(hit.score >= found[True][-1].score for hit in found[False]) / len(found[True]))
+        return Check(
+            problems,
+            len(rows),
+            self._store.snapshot().graph,
+            float(np.mean(recalls)),
+            proportion_interval(recalls),
+            1000 * float(np.median(spent[False])),
+            1000 * float(np.median(spent[True])),
+        )
+
     # Parts
-
-    @contextmanager
-    def _view(self) -> Iterator[tuple[Snapshot, Array]]:
-        """One committed moment: its snapshot and vectors, with a read transaction held open."""
-        for last in (False, False, True):
-            with self._store.reading() as state:
-                try:
-                    vectors = self._store.vectors(state)
-                except FileNotFoundError:
-                    if last:
-                        raise
-                    continue  # a compaction switched files between the two looks
-                yield state, vectors
-                return
-
-    def _allowed(self, glob: str | None, where: Mapping[str, Any] | None) -> Array:
-        """Rows that may be answered with, ascending."""
-        if glob is None and not where:
-            return self._store.live_rows()
-        clause, values = self._filter(glob, where)
-        rows = self._store.select("row", clause + " ORDER BY row", values)
-        return np.array(rows, np.int64).reshape(-1)
-
-    def _filter(self, glob: str | None, where: Mapping[str, Any] | None) -> tuple[str, list[Any]]:
-        clauses, values = ["status = 'ok'"], list[Any]()
-        if glob is not None:
-            top = self.root.as_posix().rstrip("/") + "/"
-            glob = glob.removeprefix(top).removeprefix("./")
-            clauses.append("(path GLOB ? OR path GLOB ?)")
-            values += [glob, glob if glob.startswith("/") else f"*/{glob}"]
-        for name, value in (where or {}).items():
-            clauses.append("json_extract(extra, ?) = ?")
-            values += [f'$."{name}"', value]
-        return "WHERE " + " AND ".join(clauses), values
-
-    def _describe(self, rows: list[int]) -> dict[int, tuple[str, dict[str, Any]]]:
-        described = {}
-        for start in range(0, len(rows), 500):
-            part = rows[start : start + 500]
-            marks = ",".join("?" * len(part))
-            for row, path, extra in self._store.select("row, path, extra", f"WHERE row IN ({marks})", part):
-                described[row] = (self._absolute(path), json.loads(extra) if extra else {})
-        return described
 
     def _absolute(self, key: str) -> str:
         return (self.root / key).as_posix()
@@ -295,7 +366,6 @@ class _Update:
         self.embedder, self.found, self.describe = embedder, found, describe
         self.change = Change(unreadable=[(path.as_posix(), reason) for path, reason in found.unreadable])
         self.known = {item.path: item for item in self.store.items()}
-        self.vectors = self.store.vectors(self.store.snapshot())
         self.by_hash = {item.hash: item for item in self.known.values() if item.hash is not None}
         self.put: list[tuple[Item, Array | None]] = []
         self.remove: list[str] = []
@@ -308,8 +378,8 @@ class _Update:
         batch: list[_Prepared] = []
         try:
             for done, prepared in enumerate(self._prepared(fresh, workers, 2 * batch_size), start=1):
-                if not self._settled(prepared):
-                    batch.append(prepared)
+                if (left := self._settled(prepared)) is not None:
+                    batch.append(left)
                 if len(batch) >= batch_size or done == len(fresh):
                     self._embed(batch)
                     batch = []
@@ -389,39 +459,44 @@ class _Update:
         except Refused as error:
             return _Prepared(found, digest, reason=str(error))
 
-    def _settled(self, prepared: _Prepared) -> bool:
-        """Deal with a file that needs no model; False where it must be embedded."""
+    def _settled(self, prepared: _Prepared) -> _Prepared | None:
+        """Deal with a file that needs no model; gives back one that must be embedded."""
         found, digest = prepared.found, prepared.digest
         key = self.index._key(found.path)
         if prepared.missing:  # it went away between the walk and now
             if key in self.known:
                 self.vanished[self.known[key].hash].append(key)
-            return True
+            return None
         if digest is None:
             self._unreadable(found, key, prepared.reason or "cannot be read")
-            return True
+            return None
         item = Item(key, digest, found.size, self._time(found), None, "ok")
         mine = self.known.get(key)
         if mine is not None and mine.hash == digest:  # only its date is new
             self.put.append((mine._replace(size=item.size, mtime_ns=item.mtime_ns), None))
             self.change.unchanged += 1
-            return True
+            return None
         if prepared.reason is not None:
             self._note(key, item._replace(status="bad", reason=prepared.reason), None)
-            return True
+            return None
         same = self.by_hash.get(digest)
         if same is None:
-            return False
+            return prepared
         if mine is None and self.vanished.get(digest):
             old = self.vanished[digest].popleft()
             self.remove.append(old)
             # Another path may already have taken the vector over: then `old` still names its own row.
             self.put.append((self.known[old]._replace(path=key, size=item.size, mtime_ns=item.mtime_ns), None))
             self.change.moved.append((self.index._absolute(old), self.index._absolute(key)))
-            return True
-        vector = None if same.row is None else self._stored(same.row)
+            return None
+        vector = None
+        if same.status == "ok":
+            (vector,) = self.store.stored([same])
+            if vector is None:  # this run has meanwhile replaced the only picture that had these bytes
+                del self.by_hash[digest]
+                return self._settled(self._prepare(found))
         self._note(key, item._replace(status=same.status, reason=same.reason, extra=self._extra(found)), vector)
-        return True
+        return None
 
     def _embed(self, batch: list[_Prepared]) -> None:
         distinct = {prepared.digest: prepared.ready for prepared in batch}
@@ -452,11 +527,6 @@ class _Update:
         if key not in self.known:
             self.put.append((Item(key, None, found.size, -1, None, "bad", reason), None))
 
-    def _stored(self, row: int) -> Array:
-        if row >= len(self.vectors):
-            self.vectors = self.store.vectors(self.store.snapshot())
-        return np.asarray(self.vectors[row])
-
     def _time(self, found: Found) -> int:
         return -1 if found.mtime_ns > self.now - RACY_NS else found.mtime_ns
 
@@ -472,30 +542,24 @@ class _Update:
         self.put, self.remove = [], []
 
 
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """One writer at a time; the system lets go of the lock when its process dies."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(lock(folder / "index", timeout=0))
-        except TimeoutError as error:
-            raise IndexBusyError(f"another process is writing to the index {folder}; wait until it is done") from error
-        yield
+def _under(path: str, folders: set[str]) -> bool:
+    return path in folders or any(top.as_posix() in folders for top in Path(path).parents)
 
 
-def _linked(pairs: Iterable[tuple[int, int]]) -> list[list[int]]:
-    """Connected groups of positions."""
-    parent: dict[int, int] = {}
+def _linked(owner: Array, pairs: Iterable[tuple[Array, Array]]) -> list[list[int]]:
+    """Connected groups of two or more positions: those with one owner, and whose owners some pair connects."""
+    parent = list(range(int(owner.max()) + 1))
 
     def top(i: int) -> int:
-        while parent.setdefault(i, i) != i:
+        while parent[i] != i:
             parent[i] = parent[parent[i]]
             i = parent[i]
         return i
 
-    for i, j in pairs:
-        parent[top(j)] = top(i)
+    for first, second in pairs:
+        for i, j in zip(first.tolist(), second.tolist(), strict=True):
+            parent[top(j)] = top(i)
     groups: dict[int, list[int]] = defaultdict(list)
-    for i in sorted(parent):
-        groups[top(i)].append(i)
-    return list(groups.values())
+    for position, i in enumerate(owner.tolist()):
+        groups[top(i)].append(position)
+    return [group for group in groups.values() if len(group) > 1]
