@@ -8,7 +8,18 @@ from torch import tensor
 
 from ecliptic.core.preprocess import ImagePreprocess
 from ecliptic.data.records import Records
-from ecliptic.data.shots import check_classes, encode_shots, encode_views, folds_of, label_map, labels_of, tiny_records
+from ecliptic.data.shots import (
+    RandomView,
+    check_classes,
+    encode_shots,
+    encode_views,
+    folds_of,
+    label_map,
+    labels_of,
+    split_classes,
+    take_shots,
+    tiny_records,
+)
 from tests.towers import FAMILIES, clip_encoder
 
 
@@ -96,3 +107,57 @@ def test_class_names():
         check_classes("cat")
     with pytest.raises(ValueError, match=r"one class only \(none\)"):
         check_classes([])
+
+
+def test_shots_depend_on_the_seed_and_the_ids_alone():
+    records = [{"id": str(i), "image": None, "label": "abc"[i % 3]} for i in range(30)]
+    few = take_shots(records, 2, seed=1)
+    assert sorted(r["label"] for r in few) == ["a", "a", "b", "b", "c", "c"]
+    assert [int(r["id"]) for r in few] == sorted(int(r["id"]) for r in few)
+    turned = take_shots(records[::-1], 2, seed=1)
+    assert {r["id"] for r in turned} == {r["id"] for r in few}
+    assert {r["id"] for r in take_shots(records, 2, seed=2)} != {r["id"] for r in few}
+    assert {r["id"] for r in take_shots(records, 1, seed=1)} < {
+        r["id"] for r in few
+    }  # fewer shots are some of the more
+    with pytest.raises(ValueError, match="'a' has only 10 pictures, 11 are asked for"):
+        take_shots(records, 11)
+    with pytest.raises(ValueError, match="shots=0"):
+        take_shots(records, 0)
+
+
+def test_only_the_shots_taken_are_opened():
+    opened = []
+
+    def load(record):
+        opened.append(record["id"])
+        return record
+
+    many = Records(40, lambda i: {"id": str(i), "image": "x.png", "label": "ab"[i % 2]}, load=load)
+    assert len(take_shots(many, 3)) == 6
+    assert len(opened) == 6
+
+
+def test_halves_of_classes():
+    assert split_classes(("a", "b", "c", "d")) == (("a", "b"), ("c", "d"))
+    assert split_classes(("b", "a", "c")) == (("b", "a"), ("c",))  # in the order given, the odd one to the base
+    with pytest.raises(ValueError, match="one class only"):
+        split_classes(("a",))
+
+
+def test_random_views_for_the_trainer():
+    encoder = clip_encoder()
+    wide = clip_encoder()
+    wide.transform = ImagePreprocess(shortest=40, crop=(32, 32))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 50, 3), dtype=np.uint8))
+    record = {"id": "a", "image": picture, "label": "x"}
+    view = RandomView.for_encoder(encoder)
+    one, again, other = (view(record, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert one["image"].size == (32, 32)
+    assert one["label"] == "x"
+    assert record["image"] is picture
+    assert one["image"].tobytes() == again["image"].tobytes() != other["image"].tobytes()
+    framed = RandomView.for_encoder(wide)(record, np.random.default_rng(0))
+    assert torch.equal(wide.preprocess([framed["image"]]), encoder.preprocess([one["image"]]))  # the margin goes again
+    whole = RandomView(32, 32, (1.0, 1.0))(record, np.random.default_rng(0))
+    assert np.asarray(whole["image"]).mean() == pytest.approx(np.asarray(picture).mean(), abs=3)

@@ -13,7 +13,8 @@ from torch.nn.functional import normalize
 from ecliptic.core.contracts import Prediction, Predictor
 from ecliptic.core.encoder import TruncationWarning
 from ecliptic.data.records import Records
-from ecliptic.eval import classify, evaluate, retrieval, zero_shot
+from ecliptic.eval import base_to_new, classify, evaluate, retrieval, zero_shot
+from ecliptic.eval.base_to_new import harmonic_mean
 from ecliptic.eval.retrieval import captions_of
 from ecliptic.eval.zero_shot import classification_report
 from tests.towers import clip_encoder, dual_encoder, siglip_encoder
@@ -62,6 +63,41 @@ def coloured(names, **fields):
     """One picture per name; `fields` holds a list per field."""
     rows = [{"id": f"p{i}", "image": paint(n), **{k: v[i] for k, v in fields.items()}} for i, n in enumerate(names)]
     return Records.from_list(rows, name="paints")
+
+
+# Base to new
+
+
+def test_base_to_new_by_hand():
+    names = ["red", "red", "green", "blue", "white", "white"]
+    labels = ["red", "green", "green", "blue", "blue", "other"]  # the second is wrong in base; among new all is blue
+    report = base_to_new(Colours(), coloured(names, label=labels), ("red", "green"), ("blue",))
+    assert report["base_to_new.base"].value == pytest.approx(2 / 3)
+    assert (report["base_to_new.new"].value, report["base_to_new.new"].n) == (1.0, 2)
+    assert report["base_to_new.harmonic_mean"].value == pytest.approx(2 * (2 / 3) / (2 / 3 + 1))
+    assert report["base_to_new.base"].low < 2 / 3 < report["base_to_new.base"].high
+    turned = base_to_new(
+        Colours(),
+        coloured(names, label=labels),
+        ("red", "green"),
+        ("blue",),
+        head=lambda e, n: -e.encode_texts(list(n)),
+    )
+    assert turned["base_to_new.base"].value == pytest.approx(1 / 3)  # the opposite answer, two classes
+
+
+def test_harmonic_mean_by_hand():
+    assert harmonic_mean(0.5, 0.25) == pytest.approx(1 / 3)
+    assert harmonic_mean(0.7, 0.7) == pytest.approx(0.7)
+    assert harmonic_mean(0.0, 1.0) == 0.0
+
+
+def test_base_to_new_needs_two_halves():
+    paints = coloured(["red", "green"], label=["red", "green"])
+    with pytest.raises(ValueError, match="base and new at once: 'red'"):
+        base_to_new(Colours(), paints, ("red", "green"), ("red", "blue"))
+    with pytest.raises(ValueError, match="no picture of the new classes"):
+        base_to_new(Colours(), paints, ("red", "green"), ("blue", "white"))
 
 
 # Zero-shot

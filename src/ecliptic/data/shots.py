@@ -1,10 +1,13 @@
-"""Few labelled pictures: records to features, labels to numbers, folds to validate on. What every adapter starts with."""
+"""Few labelled pictures: which ones, in which views, as which features and numbers. What every adapter starts with."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -87,7 +90,7 @@ def encode_views(
     if views < 0:
         raise ValueError(f"views must be 0 or more, got {views}")
     tower: Any = encoder
-    size, side = tower.image_size, tower.transform.side
+    size, side = _sizes(encoder)
 
     def items() -> Iterator[tuple[Any, str, int]]:
         for i, record in enumerate(pairs):
@@ -101,18 +104,78 @@ def encode_views(
         if view == 0:
             return image
         generator = torch.Generator().manual_seed(int(unit_hash(seed, f"{key}/{view}") * 2**53))
-        shown = random_view(image, size, generator, crop)
-        if side <= size:
-            return shown
-        frame = Image.new("RGB", (side, side))  # a margin for the encoder's own centre crop to cut off
-        frame.paste(shown, ((side - size) // 2, (side - size) // 2))
-        return frame
+        return _framed(random_view(image, size, generator, crop), side)
 
     count = getattr(pairs, "__len__", None)
     with Progress("encoding pictures", count() * (views + 1) if count else None, unit="pictures") as bar:
         rows = tower.encode_images(items(), decode=picture, progress=bar.advance)
     rows = rows.reshape(-1, views + 1, rows.shape[-1]).transpose(0, 1)
     return rows[0].contiguous(), rows[1:].contiguous() if views else None
+
+
+@dataclass(frozen=True)
+class RandomView:
+    """For `augment=` of the trainer: each time a random resized crop of a picture, half of the time mirrored.
+
+    size: of the view in pixels. side: to which the encoder resizes before it cuts `size` out of the middle. crop: share of the
+    area that is kept. `for_encoder` fills in the first two.
+    """
+
+    size: int
+    side: int
+    crop: tuple[float, float] = (0.08, 1.0)  # what training on ImageNet made usual; CoOp and its successors keep it
+
+    @classmethod
+    def for_encoder(cls, encoder: Encoder, crop: tuple[float, float] = (0.08, 1.0)) -> Self:
+        return cls(*_sizes(encoder), crop)
+
+    def __call__(self, record: Record, generator: np.random.Generator) -> Record:
+        own = torch.Generator().manual_seed(int(generator.integers(2**62)))
+        return {**record, "image": _framed(random_view(record["image"], self.size, own, self.crop), self.side)}
+
+
+def _sizes(encoder: Encoder) -> tuple[int, int]:
+    tower: Any = encoder
+    return tower.image_size, tower.transform.side
+
+
+def _framed(view: Image.Image, side: int) -> Image.Image:
+    """The view in a margin that the encoder's own centre crop cuts off again."""
+    if side <= view.width:
+        return view
+    frame = Image.new("RGB", (side, side))
+    frame.paste(view, ((side - view.width) // 2, (side - view.height) // 2))
+    return frame
+
+
+def take_shots(pairs: Pairs, shots: int, seed: int = 0) -> list[Record]:
+    """`shots` records of each label, drawn at random by (seed, record id) alone, in the order they stand in.
+
+    ValueError, naming the class, if there are fewer of one.
+    """
+    if shots < 1:
+        raise ValueError(f"shots={shots}: at least one picture of each class is needed")
+    names, labels = labels_of(pairs)
+    ids = pairs.column("id") if hasattr(pairs, "column") else [r.get("id", i) for i, r in enumerate(pairs)]
+    chosen: set[int] = set()
+    for k, name in enumerate(names):
+        rows = (labels == k).nonzero()[:, 0].tolist()
+        if len(rows) < shots:
+            raise ValueError(f"{name!r} has only {len(rows)} pictures, {shots} are asked for")
+        chosen |= set(sorted(rows, key=lambda i: unit_hash(seed, str(ids[i])))[:shots])
+    if hasattr(pairs, "column"):
+        return list(pairs[sorted(chosen)])  # type: ignore[index]  # Records: only these are opened
+    return [record for i, record in enumerate(pairs) if i in chosen]
+
+
+def split_classes(classes: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The base-to-new protocol (CoCoOp, arXiv 2203.05557): learn from the first half of the classes, be judged on both.
+
+    With an odd number the base has one more, as in its released code.
+    """
+    check_classes(classes)
+    half = math.ceil(len(classes) / 2)
+    return tuple(classes[:half]), tuple(classes[half:])
 
 
 def check_labels(labels: Tensor, n: int, classes: Sequence[str], *, every_class: bool = True) -> None:

@@ -5,6 +5,7 @@ Light at import: torch loads when a model is first asked something.
 
 from __future__ import annotations
 
+from ecliptic.eval.base_to_new import base_to_new
 from ecliptic.eval.dispatch import evaluate
 from ecliptic.eval.report import (
     BarChart,
@@ -37,6 +38,7 @@ __all__ = [
     "Report",
     "Section",
     "Table",
+    "base_to_new",
     "classify",
     "evaluate",
     "join",
