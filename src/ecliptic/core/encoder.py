@@ -43,6 +43,7 @@ from ecliptic.core.inputs import (
 from ecliptic.core.inputs import TextTooLong as TextTooLong
 from ecliptic.core.inputs import TruncationWarning as TruncationWarning
 from ecliptic.core.inputs import open_picture as open_picture
+from ecliptic.core.ort import EXPORT_CARD
 from ecliptic.core.preprocess import ImagePreprocess
 from ecliptic.core.shortcut import last_block_at
 
@@ -345,23 +346,23 @@ class HFEncoder(Encoder):
         zero; otherwise the first failure is raised.
         progress: called with the number of items after each batch.
         """
-
-        def run(pixels: np.ndarray) -> np.ndarray:
-            with torch.inference_mode():
-                return self.images(torch.from_numpy(pixels)).pooled.float().cpu().numpy()
-
         rows = encode_pictures(
             images,
             batch_size,
             transform=self.transform,
             dim=self.dim,
-            run=run,
+            run=self.encode_pixels,
             workers=workers,
             decode=decode,
             errors=errors,
             progress=progress,
         )
         return torch.from_numpy(rows)
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        """(B, 3, H, W) float32, as the transform gives it -> (B, D) float32 unit rows."""
+        return self.images(torch.from_numpy(pixels)).pooled.float().cpu().numpy()
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], batch_size: int = 128, overflow: Overflow = "truncate") -> Tensor:
@@ -438,6 +439,11 @@ def _is_hf_folder(path: Path) -> bool:
 
 
 def _load_folder(path: Path, activation: str | None, tokenizer: Any) -> HFEncoder:
+    if (path / EXPORT_CARD).exists():
+        raise LoadError(
+            f"{path} holds an exported model, which runs without torch: open it with ecliptic.core.ort.OrtEncoder.open, "
+            "or name it as --model of `ecliptic index`, `search` or `embed`"
+        )
     if not (path / "config.json").exists():
         raise LoadError(f"{path}: no config.json in it, so this is not a saved model")
     return _from_pretrained(str(path), activation, tokenizer, local=True)

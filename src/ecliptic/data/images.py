@@ -21,6 +21,8 @@ from typing import IO, Any, Protocol
 
 from PIL import Image, ImageOps, PngImagePlugin
 
+from ecliptic.core.inputs import shrink_on_load
+
 EXTENSIONS = frozenset(
     {".apng", ".avif", ".bmp", ".dib", ".gif", ".icns", ".ico", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}
     | {".pbm", ".pcx", ".pgm", ".png", ".pnm", ".ppm", ".psd", ".qoi", ".sgi", ".tga", ".tif", ".tiff", ".webp"}
@@ -84,7 +86,7 @@ def open_with_alpha(
     with handle:
         image = _identify(handle, name)
         if fast:
-            _draft(image, min_side)
+            shrink_on_load(image, min_side)
         pixels = image.width * image.height
         try:
             if fast and image.format == "PNG" and max_pixels < pixels <= 16 * max(max_pixels, MAX_PIXELS):
@@ -235,14 +237,6 @@ def _identify(handle: IO[bytes], name: str) -> Image.Image:
     except Exception as error:  # plugins raise nearly anything on hostile input
         raise ImageError(name, _why_unknown(handle, error)) from error
     raise ImageError(name, _why_unknown(handle))
-
-
-def _draft(image: Image.Image, min_side: int) -> None:
-    """Let a JPEG decode at 1/2, 1/4 or 1/8, both sides staying >= `min_side`. Pillow rounds the scale down for us."""
-    short = min(image.size)
-    if image.format in ("JPEG", "MPO") and short > min_side:
-        width, height = (-(-side * min_side // short) for side in image.size)
-        image.draft(None, (width, height))
 
 
 _STRIP = 4 << 20  # bytes of a huge PNG decoded at a time
