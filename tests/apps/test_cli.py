@@ -90,9 +90,11 @@ def test_every_verb_has_help_and_json(cli):
             "demo",
             "embed",
             "evaluate",
+            "export",
             "highlight",
             "index",
             "methods",
+            "run",
             "search",
             "show",
             "train",
@@ -307,9 +309,10 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
         from tests.apps.fakes import FakeEmbedder
         from ecliptic.apps.cli import _shell, main
         towers = types.ModuleType("towers")
-        towers.TowerEmbedder = lambda encoder: FakeEmbedder(delay=0.2)
+        towers.TowerEmbedder = lambda encoder, fast: FakeEmbedder(delay=0.2)
+        towers.decoded_fast = lambda signature: False
         sys.modules["ecliptic.apps.index.towers"] = towers
-        _shell.load_model = lambda name: None
+        _shell.open_model = lambda name: None
         main(sys.argv[1:])
     """
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}

@@ -18,6 +18,7 @@ import typer
 
 if TYPE_CHECKING:
     from ecliptic.core.encoder import HFEncoder
+    from ecliptic.core.ort import OrtEncoder
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Model = Annotated[
@@ -123,9 +124,18 @@ def load_model(name: str) -> HFEncoder:
     return load(name)
 
 
-def text_vector(encoder: HFEncoder, text: str) -> Any:
-    """One text -> (D,) tensor; beyond the tower's limit it is cut, and said so."""
-    from ecliptic.core.encoder import TruncationWarning
+def open_model(name: str) -> HFEncoder | OrtEncoder:
+    """Open an encoder for a verb that only embeds: an exported one as it is, anything else with torch."""
+    from ecliptic.core.ort import EXPORT_CARD, OrtEncoder
+
+    if name.strip() and Path(name, EXPORT_CARD).is_file():
+        return OrtEncoder.open(name)
+    return load_model(name)
+
+
+def text_vector(encoder: HFEncoder | OrtEncoder, text: str) -> Any:
+    """One text -> (D,) tensor, or array from an exported model; beyond the tower's limit it is cut, and said so."""
+    from ecliptic.core.inputs import TruncationWarning
 
     if not text.strip():
         raise Complaint("the query is empty: say what to look for")
