@@ -18,20 +18,24 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
-from contextlib import ExitStack, closing
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from ecliptic.core.averaging import Ema
 from ecliptic.core.batches import Augment, Batch, Indexed, Streamed, cheap_column, check, collate, prefetch
 from ecliptic.core.borrowed import Interrupt, modes, only, own_accelerator, own_randomness, seed_all
 from ecliptic.core.checkpoint import Stateful, Store, plain
 from ecliptic.core.contracts import ModelStep, Objective, Pairs, Record
 from ecliptic.core.data_parallel import anybody, average, average_gradients, part_of, same_start
 from ecliptic.core.distributed import gather_views, rank, world_size
+from ecliptic.core.grad_cache import check_chunks, encode_in_chunks
+from ecliptic.core.guard import ForgettingWarning, Guarded, Score, repaired, scorer
+from ecliptic.core.lora import Lora, is_adapter, merge
 from ecliptic.core.progress import Progress
 from ecliptic.core.train_log import Log
 
@@ -379,12 +383,19 @@ def _examples(names: Iterable[str]) -> str:
 @dataclass(frozen=True)
 class Trained:
     """What `Train.run` gives: the new encoder, the objective with whatever it learnt, the log (see `fit`), and which records
-    could not be read (index -> reason)."""
+    could not be read (index -> reason).
+
+    last: the encoder as the last step left it; `encoder` itself unless that is averaged (`ema`) or repaired (`guard_repair`).
+    adapters: with `lora`, the encoder before merging, for `ecliptic.core.lora.save_adapters`. guard: what the guard measured.
+    """
 
     encoder: Encoder
     objective: Objective
     log: list[dict[str, Any]]
     unreadable: Mapping[int, str]
+    last: Encoder
+    adapters: Encoder | None = None
+    guard: Guarded | None = None
 
 
 @dataclass(frozen=True)
@@ -395,6 +406,7 @@ class Train(Settings, ModelStep):
     - `collate(encoder, records) -> batch`, in place of the default (`ecliptic.core.batches.collate`), or only `fields`, the names
       of further record fields to put into the batch (teacher vectors, cached features);
     - `bind(encoder) -> objective`, called once on the encoder to be trained, to size what it learns;
+    - `rowwise = True`, if its own `encode` treats each row by itself, so that `chunk` may be used;
     and if it is an nn.Module, its own parameters (those that require grad) are trained with the encoder's, on a copy.
     """
 
@@ -406,6 +418,20 @@ class Train(Settings, ModelStep):
         default=None, kw_only=True
     )  # (record, generator) -> record; drawn from (seed, epoch, index)
     collate: Callable[[Encoder, list[Record]], Batch] | None = field(default=None, kw_only=True)
+    chunk: int | None = field(
+        default=None, kw_only=True
+    )  # rows encoded at a time, per process: large batches, little memory
+    lora: Lora | None = field(
+        default=None, kw_only=True
+    )  # train adapters, and what `trainable` names; merged at the end
+    ema: float | None = field(default=None, kw_only=True)  # decay of averaged weights, which are then the result
+    guard: Score | Iterable[Record] | None = field(
+        default=None, kw_only=True
+    )  # what must not be unlearnt: see core.guard
+    guard_tolerance: float = field(default=0.02, kw_only=True)  # by how much its score may fall without a warning; ours
+    guard_repair: bool = field(
+        default=False, kw_only=True
+    )  # if it fell further, give back the best WiSE-FT interpolation
     evaluate: Callable[[Encoder], Mapping[str, float]] | None = field(default=None, kw_only=True)
     device: str | None = field(default=None, kw_only=True)  # None: the encoder's own, or a GPU if there is one
 
@@ -413,6 +439,14 @@ class Train(Settings, ModelStep):
         super().__post_init__()
         if unknown := set(self.freeze) - set(TOWERS):
             raise ValueError(f"freeze={sorted(unknown)}: choose from {', '.join(TOWERS)}")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk={self.chunk}: must be at least 1, or None for the whole batch at a time")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema}: must be at least 0 and below 1; 0.999 is common")
+        if not self.guard_tolerance >= 0:
+            raise ValueError(f"guard_tolerance={self.guard_tolerance}: must not be negative")
+        if self.guard_repair and self.guard is None:
+            raise ValueError("guard_repair=True needs a guard to repair by: give guard=records or guard=function")
 
     def apply(self, encoder: Encoder, pairs: Pairs | None = None) -> Encoder:
         return self.run(encoder, pairs).encoder
@@ -422,11 +456,15 @@ class Train(Settings, ModelStep):
         own_collate = self.collate or getattr(self.objective, "collate", None)
         check(pairs, self.objective, custom=own_collate is not None)
         assert pairs is not None
-        student = cast("HFEncoder", encoder).clone()
+        score = None if self.guard is None else scorer(self.guard)
+        student = cast("HFEncoder", encoder).clone() if self.lora is None else self.lora.adapt(encoder)
         home = student.device
         student.to(self._device(home))
         objective, module = _bound(self.objective, student)
         frozen = {id(p) for tower in self.freeze for p in _tower(student, tower)}
+
+        def accepts(name: str, parameter: nn.Parameter) -> bool:
+            return self._accepts(name, parameter, frozen)
 
         def make(records: list[Record]) -> Batch:
             if own_collate is not None:
@@ -435,31 +473,50 @@ class Train(Settings, ModelStep):
 
         def loss(numbered: tuple[int, Batch]) -> dict[str, Tensor]:
             number, batch = numbered
-            views = objective.encode(student, batch)
+            if self.chunk is None:
+                views = objective.encode(student, batch)
+            else:
+                check_chunks(objective, student)
+                views = encode_in_chunks(objective, student, batch, self.chunk)
             if "group" in batch:
                 views.groups = batch["group"]
             views = gather_views(views)
             seed_all(self.seed, number)  # what the objective draws is the same in every process: it has the whole batch
             return objective.terms(views)
 
+        before = None if score is None else _score(score, student)
+        average = None if self.ema is None else Ema(select(module, accepts), self.ema)
+        clamp = _scale_clamp(student)
+
+        def after_step(step: int) -> None:
+            clamp(step)
+            if average is not None:
+                average.update(step)
+
+        def evaluate() -> dict[str, float]:
+            with nullcontext() if average is None else average.applied():
+                found = dict(self.evaluate(student)) if self.evaluate is not None else {}
+                if score is not None and before is not None:
+                    found |= {"guard": _score(score, student), "guard_before": before}
+                return found
+
         indexed = hasattr(pairs, "__len__") and hasattr(pairs, "__getitem__")
         kind: Any = Indexed if indexed else Streamed
         batches = kind(pairs, self.batch_size, self.seed, make, self.augment, part=part_of)
-        evaluate = self.evaluate
         log = fit(
             module,
             loss,
             _Numbered(batches),
             self,
-            trainable=lambda name, parameter: self._accepts(name, parameter, frozen),
-            after_step=_scale_clamp(student),
-            evaluate=None if evaluate is None else lambda: evaluate(student),
+            trainable=accepts,
+            after_step=after_step,
+            evaluate=None if self.evaluate is None and score is None else evaluate,
+            extras={} if average is None else {"ema": average},
             identity={"records": _records(pairs)} | self._said(),
             unit="pairs",
         )
         student.to(home)
         student.eval()
-        student.record_step("train", self.arguments())
         unreadable: dict[int, str] = getattr(batches, "unreadable", {})
         if unreadable:
             index, reason = next(iter(unreadable.items()))
@@ -467,7 +524,45 @@ class Train(Settings, ModelStep):
                 f"{len(unreadable)} records could not be read and were replaced, the first {index}: {reason}",
                 stacklevel=2,
             )
-        return Trained(student, objective, log, unreadable)
+        last = self._finished(student)
+        new = last
+        if average is not None:
+            average.swap()
+            new = self._finished(student)
+        guarded = None
+        if score is not None and before is not None:
+            told = log[-1].get("evaluate", {}) if log else {}
+            after = float(told["guard"]) if "guard" in told else _score(score, new)
+            guarded, new = self._guarded(encoder, new, score, before, after)
+        return Trained(new, objective, log, unreadable, last, None if self.lora is None else student, guarded)
+
+    def _finished(self, student: HFEncoder) -> HFEncoder:
+        """A plain encoder with the student's weights as they are now, and its history."""
+        done = merge(student) if self.lora is not None else student.clone() if self.ema is not None else student
+        done.record_step("train", self.arguments())
+        return done
+
+    def _guarded(
+        self, before: Encoder, after: HFEncoder, score: Score, first: float, last: float
+    ) -> tuple[Guarded, HFEncoder]:
+        """Compare the guard's scores, warn and mend: (what was found, the encoder to give back)."""
+        device = self._device(after.device)
+        mended, found = repaired(before, after, score, self.guard_tolerance, first, last, device)
+        if found.fell:
+            held = f"alpha={found.alpha:g} of interpolate(before, after, alpha) has {found.scores[found.alpha]:.3f}"
+            choice = (
+                f"given back is the interpolation: {held}" if self.guard_repair else f"{held}: see guard_repair=True"
+            )
+            warnings.warn(
+                f"the guard's score fell from {first:.3f} to {last:.3f}, by more than {self.guard_tolerance:g}; {choice}",
+                ForgettingWarning,
+                stacklevel=3,
+            )
+        if found.fell and self.guard_repair:
+            found, after = replace(found, repaired=True), mended
+        step = after.history[-1]
+        after.history = (*after.history[:-1], {**step, "args": {**step["args"], "guard": found.as_dict()}})
+        return found, after
 
     def arguments(self) -> dict[str, Any]:
         """What was asked for, in plain values, for the encoder's history: settings that differ from their defaults."""
@@ -481,9 +576,11 @@ class Train(Settings, ModelStep):
 
     def _said(self) -> dict[str, Any]:
         said: dict[str, Any] = {"objective": describe(self.objective), "batch_size": self.batch_size}
-        for name in ("trainable", "freeze", "augment", "collate"):
+        for name in ("trainable", "freeze", "augment", "collate", "ema"):
             if value := getattr(self, name):
                 said[name] = plain(value)
+        if self.lora is not None:
+            said["lora"] = self.lora.settings()
         return said
 
     def _accepts(self, name: str, parameter: nn.Parameter, frozen: Set[int]) -> bool:
@@ -493,7 +590,9 @@ class Train(Settings, ModelStep):
         if id(parameter) in frozen:
             return False
         if self.trainable is None:
-            return parameter.requires_grad
+            return parameter.requires_grad  # with adapters, those alone
+        if self.lora is not None and is_adapter(name):
+            return True
         if callable(self.trainable):
             return self.trainable(name, parameter)
         return re.search(self.trainable, name) is not None
@@ -550,6 +649,12 @@ def _tower(encoder: HFEncoder, name: str) -> list[nn.Parameter]:
     tower = getattr(encoder.anatomy, name)
     projection = [] if tower.projection is None else list(tower.projection.parameters())
     return [*tower.module.parameters(), *projection]
+
+
+def _score(score: Score, encoder: Encoder) -> float:
+    """The guard's score of the encoder at rest, without a trace in the generators."""
+    with own_randomness(), modes(encoder), torch.no_grad():
+        return float(score(cast(Any, encoder).eval()))
 
 
 def _scale_clamp(encoder: Encoder) -> Callable[[int], None]:
