@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -142,7 +144,17 @@ def _refresh(
     embedder = TowerEmbedder(encoder, own_fast)
     kept_as = str(Path(source).resolve()) if Path(source).exists() else source
     with Index.create(place, embedder.signature, root=folder, source=kept_as) as target:
-        with counting("indexing") as advance, counting("linking", "rows") as linking:
+        with ExitStack() as stack:
+            advance = stack.enter_context(counting("indexing"))
+
+            def linking(done: int, total: int) -> None:
+                nonlocal link
+                if link is None:
+                    stack.close()  # one bar after the other
+                    link = stack.enter_context(counting("linking", "rows"))
+                link(done, total)
+
+            link: Callable[[int, int], None] | None = None
             change = target.add(folder, embedder, batch_size=batch_size, progress=advance, graph_progress=linking)
         held = len(target)
     twin = _keep_twin(encoder) if export and held else None

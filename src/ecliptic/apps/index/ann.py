@@ -143,9 +143,8 @@ class Graph:
         found = self._candidates(query, k, allowed, edge)
         if found is None:
             return exact.topk(query, vectors, k, allowed)
-        if edge < len(allowed):
-            found = np.concatenate((found, exact.near(query, vectors, k, allowed[edge:])))
-        return exact.rank(query, vectors, found, k)
+        found = np.concatenate((np.sort(found), allowed[edge:]))
+        return exact.topk(query, vectors, k, found)
 
     def _candidates(self, query: Array, k: int, allowed: Array, edge: int) -> Array | None:
         """Rows of allowed[:edge] likely to hold the k nearest, with all their copies.
