@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 
 def run_processes(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`function(*arguments)` in `count` processes of one thread each; what each returned, by rank. It must be importable."""
-    mp.get_context("forkserver").set_forkserver_preload(["torch.distributed", "ecliptic"])  # imported once for all
+    mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo"])  # what takes longest to import, once
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_one, (count, folder, function, arguments), nprocs=count, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(count)]

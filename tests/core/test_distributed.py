@@ -23,6 +23,8 @@ OBJECTIVES = {
     "info_nce": InfoNCE(),
     "info_nce, duplicates repel": InfoNCE(skip_duplicates=False),
     "sigmoid": Sigmoid(),
+    "info_nce, tiled": InfoNCE(tile=5),
+    "sigmoid, tiled": Sigmoid(tile=5),
 }
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from ecliptic.core import objectives
 from ecliptic.core.contracts import Features, Views
 from ecliptic.core.objectives import InfoNCE, Sigmoid, same_caption
 from ecliptic.ops.contrastive import duplicates, info_nce, sigmoid_loss
@@ -181,3 +182,19 @@ def test_objectives_scale_shift_and_skip_duplicates():
     assert plain == pytest.approx(slow_info_nce(9 * cosines, nobody), rel=1e-5)
     plain = Sigmoid(skip_duplicates=False).terms(grouped)["sigmoid"].item()
     assert plain == pytest.approx(slow_sigmoid(9 * cosines - 10, nobody), rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", [InfoNCE, Sigmoid])
+@pytest.mark.parametrize("skip", [True, False])
+def test_objectives_are_the_same_in_tiles(objective, skip, monkeypatch):
+    for views in (some_views(), some_views(bias=-2.0, groups=[5, 6, 5, 7])):
+        (whole,) = objective(skip_duplicates=skip).terms(views).values()
+        (tiled,) = objective(skip_duplicates=skip, tile=3).terms(views).values()
+        assert_close(tiled, whole)
+        monkeypatch.setattr(objectives, "TILED_ABOVE", 3)
+        (large,) = objective(skip_duplicates=skip).terms(views).values()
+        monkeypatch.undo()
+        assert_close(large, whole)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            (cast,) = objective(skip_duplicates=skip).terms(views).values()
+        assert_close(cast, whole, rtol=0, atol=0)
