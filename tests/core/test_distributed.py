@@ -12,7 +12,8 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from ecliptic.core.contracts import Features, Views
+from ecliptic.core import ring
+from ecliptic.core.contracts import Features, Objective, Views
 from ecliptic.core.distributed import gather, gather_views, rank, world_size
 from ecliptic.core.objectives import InfoNCE, Sigmoid
 from tests.core.processes import run_processes
@@ -25,6 +26,16 @@ OBJECTIVES = {
     "sigmoid": Sigmoid(),
     "info_nce, tiled": InfoNCE(tile=5),
     "sigmoid, tiled": Sigmoid(tile=5),
+    "info_nce, ring": InfoNCE(ring=True, tile=2),
+    "info_nce, ring, duplicates repel": InfoNCE(ring=True, skip_duplicates=False),
+    "sigmoid, ring": Sigmoid(ring=True, tile=2),
+    "sigmoid, ring, duplicates repel": Sigmoid(ring=True, skip_duplicates=False),
+}
+PLAIN = {  # what one process computes on the whole batch, with all logits at once
+    ("info_nce", False): InfoNCE(),
+    ("info_nce", True): InfoNCE(skip_duplicates=False),
+    ("sigmoid", False): Sigmoid(),
+    ("sigmoid", True): Sigmoid(skip_duplicates=False),
 }
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 
@@ -44,8 +55,10 @@ class Towers(nn.Module):
     def forward(self, image: Tensor, text: Tensor, groups: Tensor) -> Tensor:
         views = {"image": Features(normalize(image @ self.image, dim=-1))}
         views["text"] = Features(normalize(text @ self.text, dim=-1))
-        terms = self.objective.terms(gather_views(Views(views, self.scale.exp(), self.bias, groups)))
-        return torch.stack(list(terms.values())).sum() + 0 * self.bias  # an unused parameter is an error to DDP
+        own = Views(views, self.scale.exp(), self.bias, groups)
+        terms = self.objective.terms(own if self.objective.local else gather_views(own))
+        # 3: the loss need not be the end. The bias: to DistributedDataParallel an unused parameter is an error.
+        return 3 * torch.stack(list(terms.values())).sum() + 0 * self.bias
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -54,9 +67,9 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return image, text, torch.tensor(GROUPS)
 
 
-def learn(name: str) -> dict[str, Tensor]:
+def learn(objective: Objective) -> dict[str, Tensor]:
     """Loss and gradients of this process's share of the batch, as DistributedDataParallel leaves them."""
-    towers = Towers(OBJECTIVES[name])
+    towers = Towers(objective)
     model = towers if world_size() == 1 else DistributedDataParallel(towers)
     size = BATCH // world_size()
     loss = model(*(part[rank() * size :][:size] for part in batch()))
@@ -67,10 +80,12 @@ def learn(name: str) -> dict[str, Tensor]:
 
 def several() -> dict[str, Any]:
     """Everything that the tests ask of several processes, in one start of them."""
-    found: dict[str, Any] = {name: learn(name) for name in OBJECTIVES}
+    found: dict[str, Any] = {name: learn(objective) for name, objective in OBJECTIVES.items()}
     found["numbers"] = (rank(), world_size())
     found["uneven"] = uneven(rank())
     found["refused"] = refused()
+    found["never the whole batch"] = largest_block()
+    found["unequal"] = unequal()
     return found
 
 
@@ -101,6 +116,32 @@ def refused() -> str:
     return ""
 
 
+def largest_block() -> tuple[int, int]:
+    """The most rows and columns of logits, whole tiles or not, that this process has at a time in a ring."""
+    sizes = []
+    seen = ring.info_nce_sums
+
+    def watched(block: Any, *rest: Any) -> None:
+        sizes.append((len(block.image), len(block.text)))
+        seen(block, *rest)
+
+    ring.info_nce_sums = watched
+    try:
+        learn(InfoNCE(ring=True))
+    finally:
+        ring.info_nce_sums = seen
+    assert len(sizes) == world_size()
+    return max(sizes)
+
+
+def unequal() -> str:
+    try:
+        ring.ring_info_nce(torch.ones(rank() + 1, 3), torch.ones(rank() + 1, 3), torch.tensor(1.0))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 @pytest.fixture(scope="module", params=[2, 4])
 def found(request) -> list[dict[str, Any]]:
     return run_processes(request.param, several)
@@ -108,7 +149,7 @@ def found(request) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_same_gradient_as_one_process(found, name):
-    alone = learn(name)
+    alone = learn(PLAIN[name.partition(",")[0], "repel" in name])
     assert {"loss", "image", "text", "scale", "bias"} == set(alone)
     assert alone["image"].abs().max() > 1e-3
     for one in found:
@@ -147,6 +188,34 @@ def test_lengths_without_a_mask_are_refused_everywhere(found):
     for one in found:
         assert "'text'" in one["refused"]
         assert "mask" in one["refused"]
+
+
+def test_a_ring_holds_its_own_block_only(found):
+    size = BATCH // len(found)
+    assert {one["never the whole batch"] for one in found} == {(size, size)}
+
+
+def test_a_ring_of_unequal_parts_is_refused_everywhere(found):
+    for one in found:
+        assert "must be the same in all processes" in one["unequal"]
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if "ring" in name])
+def test_a_ring_of_one(name):
+    alone = learn(PLAIN[name.partition(",")[0], "repel" in name])
+    for part, value in learn(OBJECTIVES[name]).items():
+        assert_close(value, alone[part], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "loss", [ring.ring_info_nce, lambda *a: ring.ring_sigmoid_loss(*a[:3], torch.tensor(0.0), *a[3:])]
+)
+def test_what_a_ring_refuses(loss):
+    rows = torch.ones(3, 2)
+    with pytest.raises(ValueError, match=r"must both be \(b, D\)"):
+        loss(rows, rows[:2], torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"groups must be of shape \(3,\)"):
+        loss(rows, rows, torch.tensor(1.0), torch.zeros(2))
 
 
 def test_one_process_changes_nothing():

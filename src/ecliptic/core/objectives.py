@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ecliptic.core.contracts import Objective, Views
+from ecliptic.core.ring import ring_info_nce, ring_sigmoid_loss
 from ecliptic.ops.contrastive import duplicates, info_nce, sigmoid_loss
 from ecliptic.ops.tiled_contrastive import no_autocast, tiled_info_nce, tiled_sigmoid_loss
 
@@ -30,16 +31,22 @@ class InfoNCE(Objective):
     """Symmetric InfoNCE, CLIP (arXiv 2103.00020). In nats, >= 0, log B for an encoder that cannot tell the pairs apart."""
 
     skip_duplicates: bool = True  # equal captions are not negatives; ours, and the plain loss where there are none
-    tile: int | None = (
-        None  # side of the tiles of logits; None tiles batches above TILED_ABOVE. Same value and gradient
-    )
+    tile: int | None = None  # side of a tile of logits; None tiles batches above TILED_ABOVE. The same loss either way
+    ring: bool = False  # between processes pass texts round instead of gathering all in each. The same loss either way
 
     needs: ClassVar[frozenset[str]] = frozenset({"image", "text"})
 
+    @property
+    def local(self) -> bool:
+        """Whether `terms` wants this process's own views, not those of the whole batch."""
+        return self.ring
+
     def terms(self, views: Views) -> dict[str, Tensor]:
         image, text = views["image"].pooled, views["text"].pooled
+        groups = views.groups if self.skip_duplicates else None
+        if self.ring:
+            return {"info_nce": ring_info_nce(image, text, views.scale, groups, self.tile)}
         if self.tile is not None or len(image) > TILED_ABOVE:
-            groups = views.groups if self.skip_duplicates else None
             return {"info_nce": tiled_info_nce(image, text, views.scale, groups, self.tile)}
         same = same_caption(views) if self.skip_duplicates else None
         return {"info_nce": info_nce(_logits(views, image, text), same)}
@@ -55,14 +62,23 @@ class Sigmoid(Objective):
     bias: float = -10.0  # the paper's initial value, section 3.2: most pairs of a batch are negatives
     skip_duplicates: bool = True  # ours; as in InfoNCE
     tile: int | None = None  # as in InfoNCE
+    ring: bool = False  # as in InfoNCE
 
     needs: ClassVar[frozenset[str]] = frozenset({"image", "text"})
 
+    @property
+    def local(self) -> bool:
+        """Whether `terms` wants this process's own views, not those of the whole batch."""
+        return self.ring
+
     def terms(self, views: Views) -> dict[str, Tensor]:
         image, text = views["image"].pooled, views["text"].pooled
+        groups = views.groups if self.skip_duplicates else None
         bias = self.bias if views.bias is None else views.bias
+        if self.ring:
+            bias = torch.as_tensor(bias, device=image.device)
+            return {"sigmoid": ring_sigmoid_loss(image, text, views.scale, bias, groups, self.tile)}
         if self.tile is not None or len(image) > TILED_ABOVE:
-            groups = views.groups if self.skip_duplicates else None
             return {"sigmoid": tiled_sigmoid_loss(image, text, views.scale, bias, groups, self.tile)}
         same = same_caption(views) if self.skip_duplicates else None
         return {"sigmoid": sigmoid_loss(_logits(views, image, text) + bias, same)}
