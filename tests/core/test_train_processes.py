@@ -108,6 +108,7 @@ def everything(folder: Path) -> dict[str, Any]:
     found["weights frozen"] = told(trained("clip", InfoNCE(), freeze=("image",), accumulate=2))
     found["weights headed"] = told(trained("clip", Headed(), trainable="projection"))
     found["weights chunked"] = told(trained("clip", InfoNCE(), chunk=1))
+    found["weights ring"] = told(trained("clip", InfoNCE(ring=True)))
     found["weights averaged"] = told(trained("clip", InfoNCE(), ema=0.5))
     found["weights stream"] = told(trained("clip", InfoNCE(), records=Stream()))
     found["stopped at"] = interrupted(folder / "stopped")
@@ -135,7 +136,7 @@ def test_the_loss_and_the_gradient_are_those_of_one_process(worlds, count, case)
 @pytest.mark.parametrize("count", COUNTS[1:])
 def test_the_weights_are_those_of_one_process(worlds, count):
     cases = [name for name in worlds[1][0] if name.startswith("weights")]
-    assert len(cases) == 10
+    assert len(cases) == 11
     for case in cases:
         alone = worlds[1][0][case]
         for found in worlds[count]:
@@ -162,6 +163,10 @@ def test_an_interrupt_in_one_process_stops_all_and_all_go_on(worlds):
 
 def test_chunks_and_processes_together_make_the_updates_of_one_batch(worlds):
     assert_close(worlds[4][0]["weights chunked"], worlds[1][0]["weights clip-InfoNCE"], rtol=0, atol=1e-7)
+
+
+def test_texts_passed_round_make_the_updates_of_texts_gathered(worlds):
+    assert_close(worlds[4][0]["weights ring"], worlds[1][0]["weights clip-InfoNCE"], rtol=0, atol=1e-7)
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(worlds):

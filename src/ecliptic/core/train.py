@@ -480,7 +480,8 @@ class Train(Settings, ModelStep):
                 views = encode_in_chunks(objective, student, batch, self.chunk)
             if "group" in batch:
                 views.groups = batch["group"]
-            views = gather_views(views)
+            if not getattr(objective, "local", False):
+                views = gather_views(views)
             seed_all(self.seed, number)  # what the objective draws is the same in every process: it has the whole batch
             return objective.terms(views)
 
