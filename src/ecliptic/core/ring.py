@@ -10,6 +10,7 @@ once or twice. Values and gradients are those of one process on the whole batch,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from ecliptic.ops.tiled_contrastive import (
     TILE,
     Block,
     LogSumExp,
-    at_least_float32,
     collectors,
     info_nce_gradient,
     info_nce_sums,
@@ -113,18 +113,15 @@ def _tile_for(image: Tensor) -> int:
     return TILE if image.device.type == "cpu" else LARGE_TILE
 
 
-def _block(own: Block, text: Tensor, groups: Tensor, matching: bool) -> Block:
-    """Own pictures by travelling texts."""
-    pair = None if own.groups is None else (own.groups[0], groups)
-    return Block(own.image, text, own.scale, pair, matching, own.tile)
+def _block(own: Block, moving: Sequence[Tensor], mine: bool) -> Block:
+    """Own pictures by the texts that are here now; `moving` holds them and their groups first."""
+    pair = None if own.groups is None else (own.groups[0], moving[1])
+    return replace(own, text=moving[0], groups=pair, matching=mine)
 
 
-def _own(image: Tensor, text: Tensor, scale: Tensor, groups: Tensor | None, tile: int) -> tuple[Block, Tensor]:
-    """This process's pictures and texts, and the groups that travel (empty where there are none)."""
-    pair = None if groups is None else (groups, groups)
-    return Block(*at_least_float32(image, text, scale), pair, True, tile), (
-        image.new_empty(0, dtype=torch.int64) if groups is None else groups
-    )
+def _numbers(own: Block) -> Tensor:
+    """The groups to send along, none where there are none."""
+    return own.text.new_empty(0, dtype=torch.int64) if own.groups is None else own.groups[1]
 
 
 def _gradients(
@@ -138,13 +135,13 @@ def _gradients(
 class _RingInfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, groups: Tensor | None, tile: int) -> Tensor:
-        own, numbers = _own(image, text, scale, groups, tile)
+        own = Block.of_batch(image, text, scale, groups, tile)
         by_row, by_column = (LogSumExp.empty(len(image), own.image) for _ in range(2))
         positive = torch.empty_like(by_row.top)
-        moving = [own.text, numbers, by_column.top, by_column.total]
+        moving = [own.text, _numbers(own), by_column.top, by_column.total]
         with no_autocast(image):
             for mine in turns(moving, homecoming=2):
-                info_nce_sums(_block(own, *moving[:2], mine), by_row, LogSumExp(*moving[2:]), positive)
+                info_nce_sums(_block(own, moving, mine), by_row, LogSumExp(*moving[2:]), positive)
         by_column = LogSumExp(*moving[2:])
         ctx.tile, ctx.total = tile, len(image) * world_size()
         ctx.save_for_backward(image, text, scale, groups, by_row.top, by_row.total, *moving[2:])
@@ -154,13 +151,13 @@ class _RingInfoNCE(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         only_once()
         image, text, scale, groups, *sums = ctx.saved_tensors
-        own, numbers = _own(image, text, scale, groups, ctx.tile)
+        own = Block.of_batch(image, text, scale, groups, ctx.tile)
         to_image, to_text = collectors(own, image=True, text=True, scale=True)
         assert to_text is not None
-        moving = [own.text, numbers, *sums[2:], to_text]
+        moving = [own.text, _numbers(own), *sums[2:], to_text]
         with no_autocast(image):
             for mine in turns(moving, homecoming=1):
-                block = _block(own, *moving[:2], mine)
+                block = _block(own, moving, mine)
                 info_nce_gradient(block, LogSumExp(*sums[:2]), LogSumExp(*moving[2:4]), to_image, moving[4])
         return *_gradients(ctx, own, to_image, moving[4], _sum(grad) / (2 * ctx.total)), None, None
 
@@ -177,14 +174,14 @@ class _RingSigmoid(torch.autograd.Function):
         tile: int,
         gradient: bool,
     ) -> Tensor:
-        own, numbers = _own(image, text, scale, groups, tile)
+        own = Block.of_batch(image, text, scale, groups, tile)
         to_image, to_text = collectors(own, image=True, text=True, scale=True)
         assert to_text is not None
-        moving = [own.text, numbers, to_text]
+        moving = [own.text, _numbers(own), to_text]
         parts = []
         with no_autocast(image):
             for mine in turns(moving, homecoming=1):
-                block = _block(own, *moving[:2], mine)
+                block = _block(own, moving, mine)
                 parts.append(sigmoid_sums(block, bias.detach().to(own.scale.dtype), to_image, moving[2], gradient))
         loss, slope = (_sum(torch.stack(values).sum()) for values in zip(*parts, strict=True))
         ctx.tile, ctx.total = tile, len(image) * world_size()
@@ -195,7 +192,7 @@ class _RingSigmoid(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         only_once()
         image, text, scale, bias, to_image, to_text, slope = ctx.saved_tensors
-        own, _ = _own(image, text, scale, None, ctx.tile)
+        own = Block.of_batch(image, text, scale, None, ctx.tile)
         unit = _sum(grad) / ctx.total
         by_bias = (unit * slope / world_size()).to(bias.dtype) if ctx.needs_input_grad[3] else None
         return *_gradients(ctx, own, to_image, to_text, unit), by_bias, None, None, None

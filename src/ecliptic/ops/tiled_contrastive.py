@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,6 +74,13 @@ class Block:
     groups: tuple[Tensor, Tensor] | None
     matching: bool
     tile: int
+
+    @classmethod
+    def of_batch(cls, image: Tensor, text: Tensor, scale: Tensor, groups: Tensor | None, tile: int) -> Block:
+        """All logits of a batch, in float64 if its features are, else in float32; detached, not copied where it is so."""
+        kind = torch.float64 if torch.float64 in (image.dtype, text.dtype) else torch.float32
+        image, text, scale = (t.detach().to(kind) for t in (image, text, scale))
+        return cls(image, text, scale, None if groups is None else (groups, groups), True, tile)
 
     def tiles(self) -> Iterator[tuple[slice, slice, Tensor, bool]]:
         """(rows, columns, their logits, whether the tile's diagonal holds the matching pairs); pairs left out are at -inf."""
@@ -175,12 +182,6 @@ def sigmoid_sums(
     return loss, slope
 
 
-def at_least_float32(image: Tensor, text: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """All in float64 if image or text is, else in float32, detached; what is so already is not copied."""
-    kind = torch.float64 if torch.float64 in (image.dtype, text.dtype) else torch.float32
-    return tuple(t.detach().to(kind) for t in (image, text, *others))
-
-
 def no_autocast(like: Tensor) -> torch.autocast:
     """Keep products in the type of what is multiplied."""
     return torch.autocast(like.device.type, enabled=False)
@@ -230,7 +231,7 @@ def _checked(image: Tensor, text: Tensor, groups: Tensor | None, tile: int | Non
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, image: Tensor, text: Tensor, scale: Tensor, groups: Tensor | None, tile: int) -> Tensor:
-        block = _whole(image, text, scale, groups, tile)
+        block = Block.of_batch(image, text, scale, groups, tile)
         by_row, by_column = (LogSumExp.empty(len(image), block.image) for _ in range(2))
         positive = torch.empty_like(by_row.top)
         with no_autocast(image):
@@ -244,7 +245,7 @@ class _InfoNCE(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         only_once()
         image, text, scale, groups, *sums = ctx.saved_tensors
-        block = _whole(image, text, scale, groups, ctx.tile)
+        block = Block.of_batch(image, text, scale, groups, ctx.tile)
         to_image, to_text = collectors(block, *ctx.needs_input_grad[:3])
         with no_autocast(image):
             info_nce_gradient(block, LogSumExp(*sums[:2]), LogSumExp(*sums[2:]), to_image, to_text)
@@ -264,7 +265,7 @@ class _Sigmoid(torch.autograd.Function):
         tile: int,
         gradient: bool,
     ) -> Tensor:
-        block = _whole(image, text, scale, groups, tile)
+        block = Block.of_batch(image, text, scale, groups, tile)
         to_image, to_text = collectors(block, *ctx.needs_input_grad[:3]) if gradient else (None, None)
         with no_autocast(image):
             loss, slope = sigmoid_sums(block, bias.detach().to(block.scale.dtype), to_image, to_text, gradient)
@@ -276,14 +277,10 @@ class _Sigmoid(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         only_once()
         image, text, scale, bias, to_image, to_text, slope = ctx.saved_tensors
-        block = _whole(image, text, scale, None, ctx.tile)
+        block = Block.of_batch(image, text, scale, None, ctx.tile)
         unit = grad / len(image)
         by_bias = (unit * slope).to(bias.dtype) if ctx.needs_input_grad[3] else None
         return *input_gradients(ctx, block, to_image, to_text, unit), by_bias, None, None, None
-
-
-def _whole(image: Tensor, text: Tensor, scale: Tensor, groups: Tensor | None, tile: int) -> Block:
-    return Block(*at_least_float32(image, text, scale), None if groups is None else (groups, groups), True, tile)
 
 
 def collectors(block: Block, image: bool, text: bool, scale: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -302,8 +299,8 @@ def input_gradients(
     step = unit * block.scale
     by_scale = None
     if ctx.needs_input_grad[2]:
-        of, collected = (block.image, to_image) if to_image is not None else (block.text, to_text)
-        by_scale = (unit * (of * collected).sum()).to(scale.dtype)
+        inner = block.image * to_image if to_image is not None else block.text * cast(Tensor, to_text)
+        by_scale = (unit * inner.sum()).to(scale.dtype)
     return (
         (to_image * step).to(image.dtype) if to_image is not None and ctx.needs_input_grad[0] else None,
         (to_text * step).to(text.dtype) if to_text is not None else None,
