@@ -110,6 +110,15 @@ def parts(block: nn.Module) -> Parts:
     raise TypeError(f"do not know the parts of {type(block).__name__}: add its layout to ecliptic.core.anatomy")
 
 
+def swap(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` stands inside `root`, in place. ValueError if it stands nowhere."""
+    places = [(parent, name) for parent in root.modules() for name, child in parent.named_children() if child is old]
+    if not places:
+        raise ValueError(f"this {type(root).__name__} does not hold that {type(old).__name__}")
+    for parent, name in places:
+        setattr(parent, name, new)
+
+
 def anatomy(model: Any) -> Anatomy:
     """Map a CLIPModel, SiglipModel or VisionTextDualEncoderModel."""
     vision, text = model.vision_model, model.text_model
