@@ -343,6 +343,7 @@ def test_vectors_that_nobody_owns_are_given_back(tmp_path):
 class Changes(RuleBasedStateMachine):
     """Whatever happens to the files, `add` makes the index equal to one built from nothing."""
 
+    place = ".ecliptic"
     names = st.sampled_from([f"{folder}{name}.png" for folder in ("", "x/", "x/y/") for name in "abcd"])
     texts = st.sampled_from(["red", "blue", "grey", "bad one", "bad two", "a longer text"])
 
@@ -382,7 +383,7 @@ class Changes(RuleBasedStateMachine):
     @rule(commit_every=st.sampled_from([1, 3, 100]), batch=st.sampled_from([1, 2, 8]))
     def add(self, commit_every, batch):
         embedder = FakeEmbedder()
-        with Index.create(self.folder / ".ecliptic", SIGNATURE) as index:
+        with Index.create(self.folder / self.place, SIGNATURE) as index:
             before = content(index)
             change = index.add(self.folder, embedder, commit_every=commit_every, batch_size=batch, workers=2)
             assert content(index) == expected(self.folder)
@@ -394,20 +395,44 @@ class Changes(RuleBasedStateMachine):
             scores = {path: float(index.vector(path) @ query) for path in index.paths()}
             hits = index.search(query, k=5)
             assert [hit.score for hit in hits] == pytest.approx(sorted(scores.values(), reverse=True)[:5], abs=1e-6)
+            texts = [(self.folder / path).read_bytes() for path in scores]
+            copies = {text: [path for path, other in zip(scores, texts) if other == text] for text in texts}
+            groups = sorted(sorted(group) for group in copies.values() if len(group) > 1)
+            assert index.duplicates() == index.duplicates(0.999) == groups
+
+    @rule()
+    def update(self):
+        """Only what was known is looked at, and that is then as the files say."""
+        if (self.folder / self.place).exists():
+            with Index.open(self.folder / self.place) as index:
+                known = set(content(index))
+                index.update(FakeEmbedder())
+                held, wanted = content(index), expected(self.folder)
+                assert held.items() <= wanted.items()
+                assert known & set(wanted) <= set(held)
+
+    @rule(name=names)
+    def forget(self, name):
+        if (self.folder / self.place).exists():
+            with Index.open(self.folder / self.place) as index:
+                before = content(index)
+                gone = index.remove(self.folder / name)
+                assert content(index) == {path: value for path, value in before.items() if path not in gone}
+                assert gone == [path for path in before if path == f"{self.folder}/{name}"]
 
     @rule()
     def compact(self):
-        if (self.folder / ".ecliptic").exists():
-            with Index.open(self.folder / ".ecliptic") as index:
+        if (self.folder / self.place).exists():
+            with Index.open(self.folder / self.place) as index:
                 before = content(index)
                 index.compact()
                 assert content(index) == before
 
     @invariant()
     def one_row_each(self):
-        if hasattr(self, "folder") and (self.folder / ".ecliptic").exists():
-            with Index.open(self.folder / ".ecliptic") as index:
-                rows = [row for (row,) in index._store.select("row", "WHERE status = 'ok'")]
+        if hasattr(self, "folder") and (self.folder / self.place).exists():
+            with Index.open(self.folder / self.place) as index:
+                rows = [item.row for item in index._store.items() if item.status == "ok"]
                 assert len(set(rows)) == len(rows) == len(index)
                 assert None not in rows
 
@@ -571,35 +596,44 @@ def test_killed_at_each_step_and_run_again(tmp_path, point):
             assert embedder.embedded <= 36 - 8
 
 
-def test_killed_at_random_moments_and_run_to_the_end(tmp_path):
-    for i in range(120):
-        write(tmp_path / f"{i}.png", f"bad {i}" if i % 10 == 3 else f"{i}")
+def test_killed_twenty_times_and_run_to_the_end(tmp_path):
+    """At the end nothing tells it from an index that was never disturbed."""
+    for i in range(400):
+        write(tmp_path / "pictures" / f"{i}.png", f"bad {i}" if i % 10 == 3 else f"{i % 350}")
     code = f"""
         from ecliptic.apps.index import Index
         from tests.apps.fakes import FakeEmbedder
-        index = Index.create({str(tmp_path / ".ecliptic")!r}, FakeEmbedder().signature)
+        index = Index.create({str(tmp_path / "killed")!r}, FakeEmbedder().signature)
         print("go", flush=True)
-        index.add({str(tmp_path)!r}, FakeEmbedder(delay=0.004), batch_size=2, commit_every=2, workers=2)
+        index.add({str(tmp_path / "pictures")!r}, FakeEmbedder(delay=0.01), batch_size=2, commit_every=2, workers=2)
     """
     rng = random.Random(0)
-    counts = [0]
-    for _ in range(5):
+    wanted, counts = expected(tmp_path / "pictures"), [0]
+    for _ in range(20):
         process = start_python(code)
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(rng.uniform(0.0, 0.12))
         process.kill()
         process.communicate()
-        with Index.open(tmp_path / ".ecliptic") as index:
+        with Index.open(tmp_path / "killed") as index:
             counts.append(len(index))
-            held = content(index)
-        wanted = expected(tmp_path)
-        assert all(wanted[path] == value for path, value in held.items())
+            assert wanted.items() >= content(index).items()
     assert counts == sorted(counts)  # nothing lost
+    assert 0 < counts[-1] < 360
     run_python(code)
-    with Index.open(tmp_path / ".ecliptic") as index:
-        assert content(index) == expected(tmp_path)
-        assert index._store.snapshot().rows == len(index) == 108
+    with (
+        Index.open(tmp_path / "killed") as index,
+        Index.create(tmp_path / "whole", SIGNATURE) as undisturbed,
+    ):
+        undisturbed.add(tmp_path / "pictures", FakeEmbedder())
+        assert content(index) == content(undisturbed) == wanted
+        both = [
+            {(i.path, i.hash, i.size, i.status, i.reason) for i in one._store.items()} for one in (index, undisturbed)
+        ]
+        assert both[0] == both[1]
+        assert index._store.snapshot().rows == len(index) == 360  # no row doubled
+        assert (tmp_path / "killed/vectors-0.f16").stat().st_size == 360 * DIM * 2
 
 
 def test_a_compaction_killed_on_its_way_changes_nothing(tmp_path):

@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 # All ours, measured by benchmarks/index.py.
 FROM = 100_000  # rows; below, exact search answers within some 50 ms and there is nothing to gain
 M = 32  # links of a row (twice that on the lowest level)
-EF_CONSTRUCTION = 100
+EF_CONSTRUCTION = 200  # with 100, one text in fifty misses a hit at any efSearch
 EF_SEARCH = 512  # 256 is enough for pictures that resemble stored ones; texts lie off the pictures' cloud and need more
 TAIL = 10_000  # rows that may wait outside the graph ...
 TAIL_SHARE = 16  # ... or one in so many, whichever is more
