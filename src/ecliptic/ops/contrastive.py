@@ -1,7 +1,7 @@
-"""The two plain contrastive losses, and which pairs of a batch are not truly negatives.
+"""The plain contrastive losses, and which pairs of a batch are not truly negatives.
 
-Both take the (B, B) matrix of logits, images down and texts across, whose diagonal holds the matching pairs. Both are in
-nats, averaged over the batch, at least zero, and lower means better matched.
+All take the (B, B) matrix of logits, images down and texts across, whose diagonal holds the matching pairs. All are in
+nats, averaged over the batch, and lower means better matched.
 """
 
 from __future__ import annotations
@@ -36,6 +36,31 @@ def sigmoid_loss(logits: Tensor, same: Tensor | None = None) -> Tensor:
     logits = _square(logits)
     sign = 2 * torch.eye(len(logits), dtype=logits.dtype, device=logits.device) - 1  # 1 on the diagonal, -1 off it
     return -F.logsigmoid(_masked(sign * logits, same, torch.inf)).sum() / len(logits)
+
+
+def info_loob(logits: Tensor, same: Tensor | None = None) -> Tensor:
+    """One way only, rows to columns, with the positive left out of the denominator: InfoLOOB, arXiv 2110.11316.
+
+    logits: (B, B), B >= 2; rows are anchors. same: as in `info_nce`; a row that it leaves without any negative is left
+    out of the sum, while the divisor stays B. Negatives are summed, as in the official code, not averaged.
+    Returns a scalar in nats, unbounded below: negative is normal. Its pull on a positive logit is always 1/B. Computed in
+    at least float32.
+    """
+    return leave_one_out(logits, same).sum() / len(logits)
+
+
+def leave_one_out(logits: Tensor, same: Tensor | None = None) -> Tensor:
+    """log sum exp of a row's negatives minus its positive, (n,), for the rows that have any negative, in their order.
+
+    Its mean is InfoLOOB; the softplus of it is InfoNCE of the row: log(e^p + sum e^n) - p = log(1 + e^(log sum e^n - p)).
+    """
+    logits = _square(logits)
+    if len(logits) < 2:
+        raise ValueError("leaving one out needs at least two pairs")
+    diagonal = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    negatives = _masked(logits, same, -torch.inf).masked_fill(diagonal, -torch.inf)
+    rows = ~negatives.isneginf().all(-1)
+    return negatives[rows].logsumexp(-1) - logits.diagonal()[rows]
 
 
 def duplicates(groups: Tensor | Sequence[Hashable]) -> Tensor:
