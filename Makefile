@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+BENCHES := encode decode startup contrastive index relevance offline_quality
 # Tests share the machine with their own worker processes: one thread each is faster than two that wait for each other.
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 
@@ -35,12 +36,11 @@ models: $(READY)  ## train the built-in models again, from raw sources to commit
 	$(BIN)/python -m ecliptic.models.offline train
 
 bench: $(READY)  ## speed against peers, as ratios within one run
-	$(BIN)/python -m benchmarks.encode
-	$(BIN)/python -m benchmarks.startup
-	$(BIN)/python -m benchmarks.offline_quality
+	$(BIN)/python -m pip install --quiet -e ".[dev,bench]" -c constraints.txt
+	set -e; for name in $(BENCHES); do $(BIN)/python -m benchmarks.$$name; done
 	$(BIN)/python docs/build.py
 
-$(READY): pyproject.toml constraints.txt requirements-offline.txt
+$(READY): pyproject.toml constraints.txt requirements-offline.txt setup.py $(wildcard src/ecliptic/ops/native/softmax*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
 	$(BIN)/python -m pip install --quiet torch==2.13.0 -c constraints.txt
