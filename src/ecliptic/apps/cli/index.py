@@ -40,7 +40,8 @@ def index(
         ),
     ] = None,
     index: Annotated[
-        str | None, typer.Option("--index", help="Where the index lives. Default: FOLDER/.ecliptic")
+        str | None,
+        typer.Option("--index", help="Where the index lives: a folder, NAME.lance or a URL. Default: FOLDER/.ecliptic"),
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help=f"Default: the index's own, {DEFAULT_MODEL} for a new one.")
@@ -123,11 +124,11 @@ def _refresh(
     folder: Path, index: str | None, model: str | None, batch_size: int, fast: bool | None, export: bool, json: bool
 ) -> None:
     picture_folder(folder)
-    from ecliptic.apps.index import Index, NoIndexError
+    from ecliptic.apps.index import Index, NoIndexError, is_lance
     from ecliptic.apps.index.towers import TowerEmbedder, decoded_fast
 
-    place = folder / ".ecliptic" if index is None else Path(index)
-    if place.exists() and not place.is_dir():
+    place = folder / ".ecliptic" if index is None else index if is_lance(index) else Path(index)
+    if isinstance(place, Path) and place.exists() and not place.is_dir():
         fail(f"{place} is a file: --index names a folder")
     try:
         with Index.open(place) as existing:

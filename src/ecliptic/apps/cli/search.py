@@ -112,6 +112,10 @@ def _field(text: str) -> tuple[str, str | float]:
 
 def find_index(place: Path | None) -> Path:
     """The index itself, or the folder that holds it as `.ecliptic`; without a name, the nearest one upwards."""
+    from ecliptic.apps.index.lance import is_lance
+
+    if place is not None and is_lance(place):
+        return place
     if place is None:
         here = Path.cwd()
         for folder in (here, *here.parents):

@@ -1,4 +1,4 @@
-"""A picture index in one folder: vectors in a memory-mapped fp16 file, everything else in SQLite.
+"""A picture index in one folder: vectors in a memory-mapped fp16 file, everything else in SQLite; or a LanceDB table.
 
 Opening and searching need numpy alone; only text and picture queries, and adding, need a model.
 """
@@ -14,6 +14,7 @@ from ecliptic.apps.index.errors import (
     SlowSearchWarning,
 )
 from ecliptic.apps.index.index import Change, Check, Hit, Index
+from ecliptic.apps.index.lance import is_lance
 from ecliptic.apps.index.store import Signature
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "OtherModelError",
     "Signature",
     "SlowSearchWarning",
+    "is_lance",
 ]

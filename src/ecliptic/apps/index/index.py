@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ecliptic.apps.index import ann, exact
 from ecliptic.apps.index.errors import OtherModelError
+from ecliptic.apps.index.lance import LanceStore, is_lance, located
 from ecliptic.apps.index.scan import Found, Scan, absolute, scan
 from ecliptic.apps.index.store import Backend, Item, Progress, Signature, Store, to_json
 
@@ -85,7 +86,10 @@ class Check(NamedTuple):
 
 
 class Index:
-    """Open one with `Index.open`, make one with `Index.create`."""
+    """Open one with `Index.open`, make one with `Index.create`.
+
+    It lives in a folder, or in a LanceDB table where its place is a URL (`s3://bucket/pictures.lance`) or ends in .lance.
+    """
 
     def __init__(self, store: Backend):
         self._store = store
@@ -102,14 +106,18 @@ class Index:
         root: paths below it are kept relative to it (default: the folder that holds `folder`), so that pictures and
         index can move together. source: what `ecliptic.load` opens the model with, for those who search later.
         """
-        folder = absolute(folder)
-        Store.create(folder, signature, folder.parent if root is None else absolute(root), source)
-        return cls.open(folder, signature)
+        if is_lance(folder):
+            place = located(folder)
+            LanceStore.create(place, signature, Path(place).parent if root is None else absolute(root), source)
+        else:
+            place = absolute(folder)
+            Store.create(place, signature, place.parent if root is None else absolute(root), source)
+        return cls.open(place, signature)
 
     @classmethod
     def open(cls, folder: str | Path, signature: Signature | None = None) -> Index:
         """Open an index; with a signature, only if the same model and transform made it (OtherModelError)."""
-        index = cls(Store(absolute(folder)))
+        index = cls(LanceStore(located(folder)) if is_lance(folder) else Store(absolute(folder)))
         if signature is not None:
             index.require(signature)
         return index

@@ -175,14 +175,13 @@ class Store:
             database = sqlite3.connect(folder / CATALOGUE, isolation_level=None)
             database.execute("PRAGMA journal_mode=WAL")
             database.execute("PRAGMA synchronous=FULL")
-            inside = root == folder or root in folder.parents
             meta = {
                 "format": FORMAT,
                 "model": signature.model,
                 "preprocess": signature.preprocess,
                 "dim": signature.dim,
                 "source": source,
-                "root": Path(os.path.relpath(root, folder)).as_posix() if inside else root.as_posix(),
+                "root": kept_root(root, folder),
                 "generation": 0,
                 "rows": 0,
             }
@@ -560,17 +559,23 @@ def explained(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise DiskFullError(_full(folder)) from error
+        raise DiskFullError(no_space(folder)) from error
     except sqlite3.OperationalError as error:
         if "readonly" in str(error):
             raise IndexProblem(f"the index in {folder} cannot be written: the disk is read-only or full") from error
         if "full" not in str(error) and "disk I/O" not in str(error):
             raise
-        raise DiskFullError(_full(folder)) from error
+        raise DiskFullError(no_space(folder)) from error
 
 
-def _full(folder: Path) -> str:
+def no_space(folder: Path | str) -> str:
     return f"no space left for the index in {folder}; what it held is intact: free some space and run the same again"
+
+
+def kept_root(root: Path, folder: Path) -> str:
+    """How the index remembers its root: relative where the index lies below it, so that both can move together."""
+    below = root == folder or root in folder.parents
+    return Path(os.path.relpath(root, folder)).as_posix() if below else root.as_posix()
 
 
 def inside(glob: str, root: Path) -> str:
