@@ -16,6 +16,8 @@ from ecliptic.core.objectives import InfoNCE
 from ecliptic.core.train import Train
 from ecliptic.methods.pretrain.cloob import Cloob, anchored, cloob_loss
 from ecliptic.ops.contrastive import duplicates, info_loob, leave_one_out
+from tests.core.processes import run_processes
+from tests.methods.pretrain.cloob_share import shared
 from tests.towers import FAMILIES
 
 TAU_30 = torch.tensor(30.0, dtype=torch.float64)
@@ -219,6 +221,13 @@ def test_a_learnt_temperature_is_trained_and_stays_within_its_bounds():
         done.objective.terms(views())  # brings it back within bounds before it is used
         assert 0 <= float(learnt) <= math.log(100) + 1e-6
     assert Cloob().bind(FAMILIES["clip"]()) == Cloob()
+
+
+def test_the_memory_is_the_batch_of_all_processes():
+    alone = shared()
+    assert alone["gradient"].abs().max() > 1e-3
+    for found in run_processes(2, shared):
+        assert_close(found, alone, rtol=0, atol=1e-12)
 
 
 def test_found_by_its_name():

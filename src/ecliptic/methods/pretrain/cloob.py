@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ecliptic.core.contracts import Objective, Record, Views
-from ecliptic.core.encoder import Encoder
 from ecliptic.core.method import Paper, method
 from ecliptic.core.objectives import same_caption
 from ecliptic.ops.contrastive import leave_one_out
 from ecliptic.ops.hopfield import retrieve
 from ecliptic.ops.tiled_contrastive import no_autocast
+
+if TYPE_CHECKING:
+    from ecliptic.core.encoder import Encoder
 
 LOG_INVERSE_TAU = (0.0, math.log(100))  # bounds of a learnt one, CLIP's own (arXiv 2103.00020, section 2.5)
 
