@@ -104,8 +104,8 @@ def tried_for_photographs() -> list[str]:
         "### What was tried for photographs",
         "",
         "Fewer of the ten photographs are named right than was hoped for (eight). To choose by something else than them,",
-        f"{tried['photographs']} photographs of GCompris (Debian's `gcompris-qt-data`) stand in, with {tried['names']} names; no weight",
-        f"comes from them. `{tried['command']}` measures variants, none with the final projection, by their recall on",
+        f"{tried['photographs']} photographs of GCompris (Debian's `gcompris-qt-data`) stand in, with {tried['names']} names; no",
+        f"weight comes from them. `{tried['command']}` measures variants, none with the final projection, by their recall on",
         "held-out drawings (R@1/5/10) and by the share of photographs whose name comes first, or among the first five (mean",
         "over names). How much a photograph leans on looks and how much on class knowledge changes little here: the present",
         "mixture is as good as any, also where the CNN is sure, which a test on ten pictures would not have shown. Richer",
@@ -120,15 +120,15 @@ def tried_for_photographs() -> list[str]:
         named = row["photographs"]
         lines.append(f"| {name} | {' | '.join(recalls)} | {named['first']:.3f} | {named['five']:.3f} |")
     chosen, today = (tried["variants"][name]["photographs"]["first"] for name in (tried["best"], "as it is"))
+    ten, (right, total) = best["right of the ten"], best["right of all"]
     return [
         *lines,
         "",
-        f'Of those that cost drawings at most {tried["cost"]} the best is "{tried["best"]}": {chosen:.3f} against {today:.3f}.',
-        f"Scored once on the test photographs it names {best['right of the ten']} of the ten and {best['right of all'][0]} of all"
-        f" {best['right of all'][1]}; as it is, without the",
-        f"projection, {now['right of the ten']} and {now['right of all'][0]}. The weights do not have it yet: the gain to choose by"
-        " is within chance, and the ten are too few to",
-        "decide by. It is the first thing to try when they are next trained.",
+        f"Of those that cost drawings at most {tried['cost']} the best is *{tried['best']}*: {chosen:.3f} against {today:.3f}.",
+        f"Scored once on the test photographs, it names {ten} of the ten and {right} of all {total}; as it is, without the",
+        f"projection, {now['right of the ten']} and {now['right of all'][0]}. The weights do not have it yet: the gain on the",
+        "photographs to choose by is within chance, and ten pictures are too few to decide by. It is the first thing to try",
+        "when they are next trained.",
         "",
     ]
 
