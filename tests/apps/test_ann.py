@@ -216,6 +216,8 @@ def test_compaction_drops_the_graph_and_a_new_one_is_built(tmp_path):
     state = store.snapshot()
     assert (state.generation, state.rows, state.graph) == (1, 2400, 2400)
     assert sorted(path.name for path in index.folder.iterdir() if path.name.startswith("ann")) == ["ann-1-2400"]
+    index.remove(glob="4999.png")
+    assert (index.compact(), covered(store)) == (1, 2399)
     assert missed(index, clustered(30, seed=1)) <= 0.005
 
 

@@ -109,7 +109,8 @@ def index(
         elif remove is not None:
             _remove(target, remove, json)
         else:
-            dropped = target.compact()
+            with counting("linking", "rows") as linking:
+                dropped = target.compact(graph_progress=linking)
             value = {"index": target.folder, "pictures": len(target), "dropped": dropped}
             emit(value, json, f"{dropped:,} vectors that no picture owned are gone from {target.folder}")
 

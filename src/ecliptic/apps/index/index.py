@@ -293,16 +293,19 @@ class Index:
             if named:
                 below = {item.path for item in self._store.items() if _under(item.path, named)}
                 gone |= below
-            for start in range(0, len(gone), CHUNK):
-                self._store.commit(sorted(gone)[start : start + CHUNK], ())
+            ordered = sorted(gone)
+            for start in range(0, len(ordered), CHUNK):
+                self._store.commit(ordered[start : start + CHUNK], ())
             self._store.tidy(None)
         return sorted(self._absolute(path) for path in gone)
 
-    def compact(self) -> int:
+    def compact(self, *, graph_progress: Progress | None = None) -> int:
         """Give back the space of vectors that no picture owns; returns how many there were."""
         with self._store.writing():
             self._store.recover()
-            return self._store.compact()
+            dropped = self._store.compact()
+            self._store.tidy(graph_progress)
+            return dropped
 
     def check(self, sample: int = 100, k: int = 10, seed: int = 0, queries: Array | None = None) -> Check:
         """Whether everything stored is sound, and how much the graph misses: recall of its k best among the true k best.

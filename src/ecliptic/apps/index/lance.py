@@ -142,7 +142,6 @@ class LanceStore:
             conditions.append(self._glob(glob))
         conditions += [f"array_has(fields, {_text(_field(name, value))})" for name, value in (where or {}).items()]
         query = exact.checked(query, np.empty((0, self._dim)))
-        total = self.count()
         limit = 2 * k + 20  # LanceDB's scores are rounded: some more, to be scored again
         while True:
             asked = self._table.search(query, vector_column_name="vector").distance_type("dot")
@@ -151,7 +150,7 @@ class LanceStore:
             found = asked.select(["path", "extra", "vector", "_distance"]).to_arrow()
             vectors = _numpy(found["vector"], self._dim)
             rows, scores = exact.rank(query, vectors, np.arange(len(vectors)), k)
-            if len(vectors) < limit or limit >= total or len(rows) < len(vectors):
+            if len(vectors) < limit or len(rows) < len(vectors):
                 break  # otherwise all of them tie with the k-th, and there may be more
             limit *= 4
         paths, extra = found["path"].to_pylist(), found["extra"].to_pylist()
