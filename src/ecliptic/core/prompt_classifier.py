@@ -81,6 +81,7 @@ class LearntContext(nn.Module, Objective):
     needs: ClassVar[frozenset[str]] = frozenset({"image"})
     fields: ClassVar[tuple[str, ...]] = ("label",)
     context: nn.Parameter  # (count, width), made by `bind`
+    _tokens: Tokens
 
     def __init__(
         self,
