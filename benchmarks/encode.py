@@ -1,17 +1,24 @@
-"""Encoding captions and pictures, against transformers with the same weights: python -m benchmarks.encode [--rounds N]
+"""Encoding captions and pictures, against transformers and sentence-transformers with the same weights.
+
+    python -m benchmarks.encode [--rounds N]
 
 The model has the shape of CLIP ViT-B/32 with random weights (speed does not depend on them). Captions are those of rendered
 scenes, cut to words; ids come from one tokenizer on both sides, and tokenising is inside the measured call. Two ways of using
 transformers are compared, because both are common: captions padded to the model's 77 tokens, as CLIP pipelines and zero-shot
-classifiers do, and captions padded to the longest of their batch.
+classifiers do, and captions padded to the longest of their batch. sentence-transformers opens the folder that
+`save_pretrained` wrote and embeds with `encode`, which sorts captions by length.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,6 +90,16 @@ def peer_images(encoder: HFEncoder, processor: object, pictures: list[Image.Imag
     return torch.cat(rows)
 
 
+def sentence_transformer(encoder: HFEncoder) -> Any:
+    """The same weights in sentence-transformers, which reads them from a folder."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Transformer
+
+    with tempfile.TemporaryDirectory() as folder:
+        encoder.save_pretrained(folder)
+        return SentenceTransformer(modules=[Transformer(folder)], device="cpu")
+
+
 def main() -> None:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -91,38 +108,48 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     encoder = build()
+    sentences = sentence_transformer(encoder)
+
+    def st_encode(items: list[Any], batch: int) -> Tensor:
+        return sentences.encode(
+            items, batch, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
+        )
+
     rows: list[Row] = []
     for name, longest in (("captions of at most 16 tokens", 16), ("captions of at most 77 tokens", 77)):
         texts = captions(encoder, longest, 64 if longest == 16 else 16)
         ours = encoder.encode_texts(texts)
-        for peer, padding in (("transformers padded to 77", "max_length"), ("transformers padded to the batch", True)):
-            difference = float((ours - peer_texts(encoder, texts, padding)).abs().max())
+        peers: dict[str, Callable[[], Tensor]] = {
+            "transformers padded to 77": lambda t=texts: peer_texts(encoder, t, "max_length"),
+            "transformers padded to the batch": lambda t=texts: peer_texts(encoder, t, True),
+            "sentence-transformers": lambda t=texts: st_encode(t, BATCH),
+        }
+        for peer, call in peers.items():
+            difference = float((ours - call()).abs().max())
             assert difference < 1e-5, f"outputs differ by {difference}"
             rows.append(
-                compare(
-                    name,
-                    peer,
-                    lambda t=texts: encoder.encode_texts(t),
-                    lambda t=texts, p=padding: peer_texts(encoder, t, p),
-                    rounds=rounds,
-                    difference=difference,
-                )
+                compare(name, peer, lambda t=texts: encoder.encode_texts(t), call, rounds=rounds, difference=difference)
             )
     rng = np.random.default_rng(0)
     pictures = [Image.fromarray(rng.integers(0, 256, (480, 640, 3), dtype=np.uint8)) for _ in range(8)]
     processor = CLIPImageProcessorPil()
-    difference = float((encoder.encode_images(pictures, 16) - peer_images(encoder, processor, pictures)).abs().max())
-    assert difference < 1e-5, f"outputs differ by {difference}"
-    rows.append(
-        compare(
-            "pictures of 640 x 480, resized and encoded",
-            "transformers (Pillow processor)",
-            lambda: encoder.encode_images(pictures, 16, workers=1),
-            lambda: peer_images(encoder, processor, pictures),
-            rounds=rounds,
-            difference=difference,
+    ours = encoder.encode_images(pictures, 16)
+    for peer, call in {
+        "transformers (Pillow processor)": lambda: peer_images(encoder, processor, pictures),
+        "sentence-transformers": lambda: st_encode(pictures, 16),
+    }.items():
+        difference = float((ours - call()).abs().max())
+        assert difference < 1e-5, f"outputs differ by {difference}"
+        rows.append(
+            compare(
+                "pictures of 640 x 480, resized and encoded",
+                peer,
+                lambda: encoder.encode_images(pictures, 16, workers=1),
+                call,
+                rounds=rounds,
+                difference=difference,
+            )
         )
-    )
     pixels = encoder.preprocess(pictures)
 
     def tower() -> Tensor:
@@ -138,9 +165,8 @@ def main() -> None:
     rows.append(
         compare("pictures, tower only", "transformers", tower, peer_tower, rounds=rounds, difference=difference)
     )
-    path = save(
-        "encode", rows, {"batch": BATCH, "threads": 1, "model": "CLIP ViT-B/32 shape, random weights", "rounds": rounds}
-    )
+    settings = {"batch": BATCH, "threads": 1, "model": "CLIP ViT-B/32 shape, random weights", "rounds": rounds}
+    path = save("encode", rows, settings, ("torch", "transformers", "sentence-transformers", "numpy", "pillow"))
     print("\n".join(line(row) for row in rows), f"\n{path}")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "numpy", "pillow", "typer")
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,14 @@ def line(row: Row) -> str:
     return told if row.difference is None else f"{told}; outputs within {row.difference:.0e}"
 
 
-def save(name: str, rows: Sequence[Row], settings: Mapping[str, Any]) -> Path:
-    """Write benchmarks/results/<name>.json with what it takes to doubt or repeat the figures."""
+def save(name: str, rows: Sequence[Row], settings: Mapping[str, Any], packages: Sequence[str] = PACKAGES) -> Path:
+    """Write benchmarks/results/<name>.json with what it takes to doubt or repeat the figures; packages: those that count."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     content = {
         "command": f"python -m benchmarks.{name}",
         "machine": machine(),
-        "versions": {p: version(p) for p in ("torch", "transformers", "numpy", "pillow", "typer")},
+        "versions": {p: version(p) for p in packages},
         "commit": commit(),
         "settings": dict(settings),
         "rows": [asdict(row) for row in rows],

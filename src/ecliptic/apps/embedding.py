@@ -17,11 +17,12 @@ import numpy as np
 
 from ecliptic.core.files import atomic_file
 from ecliptic.data.cache import read_json, write_json
-from ecliptic.data.images import ImageError
+from ecliptic.data.images import ImageError, open_image
 from ecliptic.data.records import Records
 
 if TYPE_CHECKING:
     from ecliptic.core.encoder import HFEncoder
+    from ecliptic.core.ort import OrtEncoder
 
 KEPT = (str, int, float, bool, list, tuple, dict, type(None))  # fields that JSON can hold
 
@@ -42,25 +43,31 @@ class Embedded:
 
 
 def embed_records(
-    encoder: HFEncoder,
+    encoder: HFEncoder | OrtEncoder,
     records: Records,
     out: str | Path,
     *,
     dtype: str = "float16",
     shard: int = 10_000,
     batch_size: int = 32,
+    fast: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Embedded:
     """Write unit rows (n, D) of every picture that can be read, and of its caption; progress is (done, total) records.
 
-    Raises EmbeddingsExist where the folder was begun with another model, dtype or shard size.
+    fast: decode large JPEG files at a fraction of their size. Raises EmbeddingsExist where the folder was begun with another
+    model, dtype, shard size or way of decoding.
     """
     out = Path(out)
     manifest = {"format": 1, "model": encoder.id, "dim": encoder.dim, "dtype": dtype, "shard": shard}
+    if fast:
+        manifest["decode"] = "fast"
     found = read_json(out / "embed.json")
     if found is not None and found != manifest:
         different = ", ".join(
-            f"{key} {found.get(key)!r}, not {manifest[key]!r}" for key in manifest if found.get(key) != manifest[key]
+            f"{key} {found.get(key)!r}, not {manifest.get(key)!r}"
+            for key in {**manifest, **found}
+            if found.get(key) != manifest.get(key)
         )
         raise EmbeddingsExist(f"{out} was begun with {different}: choose another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -78,7 +85,7 @@ def embed_records(
             result.resumed += 1
         else:
             count = _Counter(start, len(records), progress)
-            entries = _write(encoder, part, ids, stamps, out, number, dtype, batch_size, count)
+            entries = _write(encoder, part, ids, stamps, out, number, dtype, batch_size, fast, count)
         result.shards += 1
         result.rows += sum("error" not in entry for entry in entries)
         result.bad += [(entry["id"], entry["error"]) for entry in entries if "error" in entry]
@@ -108,7 +115,7 @@ class _Counter:
 
 
 def _write(
-    encoder: HFEncoder,
+    encoder: HFEncoder | OrtEncoder,
     part: Records,
     ids: list[str],
     stamps: list[list[int] | None],
@@ -116,13 +123,16 @@ def _write(
     number: int,
     dtype: str,
     batch_size: int,
+    fast: bool,
     advance: Callable[[int], None],
 ) -> list[dict[str, Any]]:
     """One shard: rows first, then the metadata that makes them count. Returns one entry per record."""
     errors: dict[int, Exception] = {}
-    rows = encoder.encode_images(
-        range(len(part)), batch_size, decode=lambda i: part[i]["image"], errors=errors, progress=advance
-    ).numpy()
+    fast_side = encoder.transform.fast_side if fast else 0
+    embedded = encoder.encode_images(
+        range(len(part)), batch_size, decode=lambda i: _picture(part, i, fast_side), errors=errors, progress=advance
+    )
+    rows = np.asarray(embedded)
     for error in errors.values():
         if not isinstance(error, ImageError | OSError):
             raise error
@@ -131,7 +141,7 @@ def _write(
     _save(out / "img_emb" / f"img_emb_{number}.npy", rows[good].astype(dtype))
     text = out / "text_emb" / f"text_emb_{number}.npy"
     if good and all(isinstance(cheap[i].get("caption"), str) for i in good):
-        captions = encoder.encode_texts([cheap[i]["caption"] for i in good]).numpy()
+        captions = np.asarray(encoder.encode_texts([cheap[i]["caption"] for i in good]))
         _save(text, captions.astype(dtype))
     else:
         text.unlink(missing_ok=True)
@@ -148,6 +158,16 @@ def _images(part: Records) -> list[Any]:
         return part.column("image")
     except (KeyError, ImageError, OSError):
         return [None] * len(part)
+
+
+def _picture(part: Records, i: int, fast_side: int) -> Any:
+    """The picture of a record; if `fast_side` is above 0, a JPEG file is decoded no larger than it need be."""
+    if fast_side:
+        source = _images(part[i : i + 1])[0]
+        name = source if isinstance(source, str) else getattr(source, "name", "")
+        if str(name).lower().endswith((".jpg", ".jpeg", ".jpe", ".jfif")):
+            return open_image(source, fast=True, min_side=fast_side)
+    return part[i]["image"]
 
 
 def _stamp(image: Any) -> list[int] | None:

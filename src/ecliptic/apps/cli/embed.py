@@ -17,7 +17,7 @@ from ecliptic.apps.cli._shell import (
     counting,
     emit,
     fail,
-    load_model,
+    open_model,
     warn,
 )
 
@@ -32,6 +32,9 @@ def embed(
     dtype: Annotated[str, typer.Option(help="float16 or float32.")] = "float16",
     shard: Annotated[int, typer.Option(min=1, help="Records per file.")] = 10_000,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures the model sees at a time.")] = 32,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Decode large JPEGs at a fraction of their size; embeddings differ slightly.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Embed pictures, and captions where there are any.
@@ -47,9 +50,11 @@ def embed(
     records = open_records(source)
     from ecliptic.apps.embedding import embed_records
 
-    encoder = load_model(model)
+    encoder = open_model(model)
     with counting("embedding") as advance:
-        done = embed_records(encoder, records, out, dtype=dtype, shard=shard, batch_size=batch_size, progress=advance)
+        done = embed_records(
+            encoder, records, out, dtype=dtype, shard=shard, batch_size=batch_size, fast=fast, progress=advance
+        )
     if not json:
         for line in bad_lines(done.bad):
             warn(line)

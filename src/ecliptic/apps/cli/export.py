@@ -19,8 +19,9 @@ def export(
 ) -> None:
     """Write both towers as ONNX files, to run without torch.
 
-    The tokenizer and the image settings go beside them. The result is compared with the model on sample pictures and captions, and refused if any component of an embedding
-    differs by more than 0.0001. Give the folder as --model to `index`, `search` and `embed`.
+    The tokenizer and the image settings go beside them. The result is compared with the model on sample pictures and
+    captions, and refused if any component of an embedding differs by more than 0.0001. Give the folder as --model to
+    `index`, `search` and `embed`.
     """
     from ecliptic.core.export import export as write
 
