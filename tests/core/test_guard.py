@@ -53,9 +53,11 @@ def test_accuracy_and_recall_by_hand():
 
 
 def test_a_guard_that_measures_nothing_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="'stamps': must be records or a function"):
+        scorer("stamps")
     with pytest.raises(ValueError, match="guard holds no records"):
         scorer([])
-    with pytest.raises(ValueError, match="neither 'label' nor 'caption', but"):
+    with pytest.raises(ValueError, match="neither 'label' nor 'caption'"):
         scorer([{"image": PLAIN[0]["image"]}])
     with pytest.raises(ValueError, match="one label only"):
         scorer(PLAIN[:1])(clip_encoder())

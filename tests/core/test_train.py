@@ -15,7 +15,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -84,7 +84,7 @@ def test_history_says_what_was_done():
         {
             "step": "train",
             "args": {
-                "objective": {"name": "InfoNCE", "skip_duplicates": True},
+                "objective": {"name": "InfoNCE", **asdict(InfoNCE())},
                 "batch_size": 8,
                 "freeze": ["image"],
                 "steps": 4,
@@ -283,7 +283,15 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_control_c_waits_for_whole_weights(tmp_path):
+@pytest.fixture
+def listening():
+    """A test-suite that was started in the background is deaf to Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_control_c_waits_for_whole_weights(tmp_path, listening):
     before = signal.getsignal(signal.SIGINT)
     settings = Settings(steps=10, lr=0.01, checkpoints=tmp_path)
     calls = iter(range(1, 1000))

@@ -95,7 +95,7 @@ class WiseFt(ModelStep):
     """`interpolate` as a step: apply it to the fine-tuned encoder. alpha=1 changes nothing."""
 
     before: Any  # an encoder, or what `ecliptic.load` opens
-    alpha: float = 0.5  # arXiv 2109.01903, section 1: the recommendation where nothing can be measured
+    alpha: float = 0.5  # arXiv 2109.01903: the recommendation where nothing can be measured
 
     def apply(self, encoder: Encoder, pairs: Pairs | None = None) -> Encoder:
         from ecliptic.core.encoder import load

@@ -95,9 +95,13 @@ class DataStep(ABC):
 class Objective(ABC):
     """A loss. It sees features, not a model, and gives the same gradient under one process or many.
 
-    Beyond `encode` and `terms` the trainer looks for three optional names: `fields`, further record fields to put in the
+    Beyond `encode` and `terms` the trainer looks for four optional names: `fields`, further record fields to put in the
     batch; `collate(encoder, records) -> batch`, in place of the default one; `bind(encoder) -> objective`, to size learnt
-    parts. An objective that is also an `nn.Module` has its own parameters trained, on a copy.
+    parts; `rowwise = True`, said by one whose own `encode` treats each row by itself, so that it may be given a batch in
+    chunks. An objective that is also an `nn.Module` has its own parameters trained, on a copy.
+
+    Of several processes each encodes its part of a batch, and `terms` sees the views of all of it, in every process; an
+    objective with `local` true sees its own part's only, and talks to the other processes itself (`ecliptic.core.ring`).
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"image", "text"})

@@ -1,7 +1,7 @@
 """Exact large batches on small memory: gradient caching, GradCache (arXiv 2101.06983).
 
 A contrastive loss couples all rows of a batch, but only through their embeddings. So the batch is encoded chunk by chunk without
-keeping what a backward pass would need (step 1 of section 3.2); the objective's gradient with respect to the embeddings is taken
+keeping what a backward pass would need (the paper's step 1); the objective's gradient with respect to the embeddings is taken
 (step 2); each chunk is then encoded again, with the same random numbers, and receives its share of that gradient (step 3).
 The sum is the gradient of the full batch, for one more forward pass of the towers, and activations of one chunk at a time.
 

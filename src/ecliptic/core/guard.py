@@ -17,12 +17,13 @@ from torch import Tensor
 
 from ecliptic.core.averaging import E, interpolate
 from ecliptic.core.contracts import Record
+from ecliptic.core.inputs import open_picture
 from ecliptic.core.zeroshot import zero_shot_head
 
 if TYPE_CHECKING:
     from ecliptic.core.encoder import Encoder, HFEncoder
 
-GRID = tuple(round(0.1 * i, 1) for i in range(10))  # alphas tried; the grid of arXiv 2109.01903, figure 1, without 1
+GRID = tuple(round(0.1 * i, 1) for i in range(10))  # alphas tried; ours
 Score = Callable[["Encoder"], float]
 
 
@@ -72,16 +73,15 @@ def scorer(guard: Score | Iterable[Record]) -> Score:
     """
     if callable(guard):
         return guard
-    records = guard if isinstance(guard, Sequence) or hasattr(guard, "__getitem__") else list(guard)
-    if not len(cast(Any, records)):
+    if isinstance(guard, str):
+        raise TypeError(f"guard={guard!r}: must be records or a function, not a name; open the records first")
+    records = cast("Sequence[Record]", guard if hasattr(guard, "__getitem__") else list(guard))
+    if not len(records):
         raise ValueError("guard holds no records: there is nothing to measure")
-    first = cast(Any, records)[0]
     for name, measure in (("label", accuracy), ("caption", recall)):
-        if first.get(name) is not None:
-            return lambda encoder: measure(cast("HFEncoder", encoder), cast("Sequence[Record]", records))
-    raise ValueError(
-        f"guard: its records have neither 'label' nor 'caption', but {sorted(first)}: there is nothing to measure"
-    )
+        if any(value is not None for value in _column(records, name)):
+            return lambda encoder: measure(cast("HFEncoder", encoder), records)
+    raise ValueError("guard: its records have neither 'label' nor 'caption': there is nothing to measure")
 
 
 def accuracy(encoder: HFEncoder, records: Sequence[Record]) -> float:
@@ -130,11 +130,13 @@ def repaired(
 
 def _pictures(encoder: HFEncoder, records: Sequence[Record], field: str) -> tuple[Tensor, list[str]]:
     """Embeddings (N, D) of the pictures that can be read and have the field, and its values."""
-    column = cast(Any, records).column(field) if hasattr(records, "column") else [r.get(field) for r in records]
+    column = _column(records, field)
     kept = [i for i, value in enumerate(column) if value is not None]
     errors: dict[int, Exception] = {}
-    read = _reader(records)
-    rows = encoder.encode_images(kept, decode=read, errors=errors)
+    rows = encoder.encode_images(kept, decode=lambda i: open_picture(records[i]["image"]), errors=errors)
+    for error in errors.values():
+        if not isinstance(error, OSError | ValueError):  # no broken picture, but a fault in the program
+            raise error
     good = [place for place in range(len(kept)) if place not in errors]
     if not good:
         raise ValueError(
@@ -143,7 +145,11 @@ def _pictures(encoder: HFEncoder, records: Sequence[Record], field: str) -> tupl
     return rows[good], [str(column[kept[place]]) for place in good]
 
 
-def _reader(records: Sequence[Record]) -> Callable[[Any], Any]:
-    from ecliptic.core.encoder import open_picture
-
-    return lambda i: open_picture(records[i]["image"])
+def _column(records: Sequence[Record], field: str) -> list[Any]:
+    """The field of each record, None where it is missing; no picture is opened for it where the source knows how."""
+    if not hasattr(records, "column"):
+        return [record.get(field) for record in records]
+    try:
+        return list(cast(Any, records).column(field))
+    except KeyError:
+        return [None] * len(records)

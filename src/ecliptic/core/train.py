@@ -51,6 +51,7 @@ Trainable = str | Callable[[str, nn.Parameter], bool]
 LN_100 = math.log(100)  # arXiv 2103.00020, section 2.5: the logits are never scaled by more than 100
 
 TOWERS = ("image", "text")
+_OBJECTIVE = 1 << 31  # stands where steps have the place of a batch, so that an objective's draws are no encoder's
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -408,32 +409,31 @@ class Train(Settings, ModelStep):
     - `bind(encoder) -> objective`, called once on the encoder to be trained, to size what it learns;
     - `rowwise = True`, if its own `encode` treats each row by itself, so that `chunk` may be used;
     and if it is an nn.Module, its own parameters (those that require grad) are trained with the encoder's, on a copy.
+
+    trainable: a pattern or predicate over the names of `encoder.named_parameters()`; None takes those that require grad.
+    freeze: "image", "text", towers with their projections. lora: train adapters, and what `trainable` names besides; they are
+    merged into the result. augment: (record, generator) -> record, drawn from (seed, epoch, index).
+    chunk: pairs encoded at a time in each process, for large batches on small memory (`ecliptic.core.grad_cache`).
+    ema: decay of averaged weights, which then are the result (`ecliptic.core.averaging`).
+    guard: what must not be unlearnt, records or a score (`ecliptic.core.guard`). It may fall by `guard_tolerance`; beyond, a
+    warning says so, and with `guard_repair` the result is the WiSE-FT interpolation that keeps most of the training and holds.
+    evaluate: encoder -> numbers for the log. device: None for the encoder's own, or a GPU if there is one.
     """
 
     objective: Objective
-    batch_size: int = field(default=256, kw_only=True)
-    trainable: Trainable | None = field(default=None, kw_only=True)  # names as in encoder.named_parameters(); None: all
-    freeze: tuple[str, ...] = field(default=(), kw_only=True)  # "image", "text": towers with their projections
-    augment: Augment | None = field(
-        default=None, kw_only=True
-    )  # (record, generator) -> record; drawn from (seed, epoch, index)
+    batch_size: int = field(default=256, kw_only=True)  # over all processes
+    trainable: Trainable | None = field(default=None, kw_only=True)
+    freeze: tuple[str, ...] = field(default=(), kw_only=True)
+    lora: Lora | None = field(default=None, kw_only=True)
+    augment: Augment | None = field(default=None, kw_only=True)
     collate: Callable[[Encoder, list[Record]], Batch] | None = field(default=None, kw_only=True)
-    chunk: int | None = field(
-        default=None, kw_only=True
-    )  # rows encoded at a time, per process: large batches, little memory
-    lora: Lora | None = field(
-        default=None, kw_only=True
-    )  # train adapters, and what `trainable` names; merged at the end
-    ema: float | None = field(default=None, kw_only=True)  # decay of averaged weights, which are then the result
-    guard: Score | Iterable[Record] | None = field(
-        default=None, kw_only=True
-    )  # what must not be unlearnt: see core.guard
-    guard_tolerance: float = field(default=0.02, kw_only=True)  # by how much its score may fall without a warning; ours
-    guard_repair: bool = field(
-        default=False, kw_only=True
-    )  # if it fell further, give back the best WiSE-FT interpolation
+    chunk: int | None = field(default=None, kw_only=True)
+    ema: float | None = field(default=None, kw_only=True)
+    guard: Score | Iterable[Record] | None = field(default=None, kw_only=True)
+    guard_tolerance: float = field(default=0.02, kw_only=True)  # ours
+    guard_repair: bool = field(default=False, kw_only=True)
     evaluate: Callable[[Encoder], Mapping[str, float]] | None = field(default=None, kw_only=True)
-    device: str | None = field(default=None, kw_only=True)  # None: the encoder's own, or a GPU if there is one
+    device: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -471,20 +471,6 @@ class Train(Settings, ModelStep):
                 return cast(Batch, own_collate(student, records))
             return collate(student, records, objective)
 
-        def loss(numbered: tuple[int, Batch]) -> dict[str, Tensor]:
-            number, batch = numbered
-            if self.chunk is None:
-                views = objective.encode(student, batch)
-            else:
-                check_chunks(objective, student)
-                views = encode_in_chunks(objective, student, batch, self.chunk)
-            if "group" in batch:
-                views.groups = batch["group"]
-            if not getattr(objective, "local", False):
-                views = gather_views(views)
-            seed_all(self.seed, number)  # what the objective draws is the same in every process: it has the whole batch
-            return objective.terms(views)
-
         before = None if score is None else _score(score, student)
         average = None if self.ema is None else Ema(select(module, accepts), self.ema)
         clamp = _scale_clamp(student)
@@ -506,7 +492,7 @@ class Train(Settings, ModelStep):
         batches = kind(pairs, self.batch_size, self.seed, make, self.augment, part=part_of)
         log = fit(
             module,
-            loss,
+            self._loss(objective, student),
             _Numbered(batches),
             self,
             trainable=accepts,
@@ -525,8 +511,7 @@ class Train(Settings, ModelStep):
                 f"{len(unreadable)} records could not be read and were replaced, the first {index}: {reason}",
                 stacklevel=2,
             )
-        last = self._finished(student)
-        new = last
+        last = new = self._finished(student)
         if average is not None:
             average.swap()
             new = self._finished(student)
@@ -536,6 +521,25 @@ class Train(Settings, ModelStep):
             after = float(told["guard"]) if "guard" in told else _score(score, new)
             guarded, new = self._guarded(encoder, new, score, before, after)
         return Trained(new, objective, log, unreadable, last, None if self.lora is None else student, guarded)
+
+    def _loss(self, objective: Objective, student: HFEncoder) -> Callable[[tuple[int, Batch]], dict[str, Tensor]]:
+        """A numbered batch -> the objective's terms, over the whole batch whichever part of it is this process's."""
+
+        def loss(numbered: tuple[int, Batch]) -> dict[str, Tensor]:
+            number, batch = numbered
+            if self.chunk is None:
+                views = objective.encode(student, batch)
+            else:
+                check_chunks(objective, student)
+                views = encode_in_chunks(objective, student, batch, self.chunk)
+            if "group" in batch:
+                views.groups = batch["group"]
+            if not getattr(objective, "local", False):
+                views = gather_views(views)
+            seed_all(self.seed, number, _OBJECTIVE)  # the same in every process: each sees the whole batch
+            return objective.terms(views)
+
+        return loss
 
     def _finished(self, student: HFEncoder) -> HFEncoder:
         """A plain encoder with the student's weights as they are now, and its history."""
