@@ -172,7 +172,7 @@ def test_index_and_search(cli, model, pictures):
 
     plain = cli("search", "a cat", "--index", pictures, "-f", "-k", 3)
     assert plain.stdout.splitlines() == best[:3]
-    assert plain.stderr == ""
+    assert plain.stderr in ("", "nothing here matches 'a cat'; the nearest are\n")  # a random model's opinion
     like = cli("search", "--image", files[4], "--index", pictures, "-f", "-k", 1)
     assert like.stdout.strip() == str(files[4])
     mixed = json.loads(
@@ -517,6 +517,6 @@ def test_train_makes_a_model(cli, model, pictures, tmp_path):
     assert value["loss"]["first"] > 0
     assert (tmp_path / "trained.checkpoints" / "log.jsonl").exists()
     assert "no captions" in cli("train", pictures, "--out", tmp_path / "x", "--model", model).stderr
-    assert "no method" in cli("train", table, "--out", tmp_path / "x", "--model", model, "--objective", "nce").stderr
+    assert "no loss 'nce'" in cli("train", table, "--out", tmp_path / "x", "--model", model, "--objective", "nce").stderr
     assert "is no loss" in cli("train", table, "--out", tmp_path / "x", "--model", model, "--objective", "gda").stderr
     assert "other files" in cli("train", table, "--out", pictures, "--model", model).stderr

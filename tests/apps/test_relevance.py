@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from statistics import NormalDist
 
@@ -283,3 +284,68 @@ def test_a_large_index_is_sampled(tmp_path, monkeypatch):
         index.add(tmp_path / "pictures", embedder)
         of_index(index, encode_anything)
     assert seen == [(5, 12)]
+
+
+# In the command line
+
+
+@pytest.fixture
+def scenery(tmp_path):
+    """Rendered stars and hearts, red and blue, for `tiny`, which knows them; no circle, nothing green."""
+    from ecliptic.data.scenes import scenes
+
+    wanted = {(shape, colour) for shape in ("star", "heart") for colour in ("red", "blue")}
+    found = 0
+    for record in scenes("test", n=2000, size=48):
+        if (record["attributes"]["shape"], record["attributes"]["colour"]) in wanted and found < 24:
+            record["image"].save(tmp_path / f"{record['attributes']['colour']}-{record['label']}-{found}.png")
+            found += 1
+    return tmp_path
+
+
+def test_search_says_when_nothing_matches(cli, scenery):
+    assert cli("index", scenery, "--model", "tiny").exit_code == 0
+    there = json.loads(cli("search", "a red star", "--index", scenery, "--json").stdout)
+    assert there["matches"] is True
+    assert len(there["hits"]) == 10
+    assert "red-star" in there["hits"][0]["path"]
+    assert there["hits"][0]["relevance"] > 0.75
+
+    gone = cli("search", "a green circle", "--index", scenery, "--json")
+    assert json.loads(gone.stdout)["matches"] is False
+    assert len(json.loads(gone.stdout)["hits"]) == 10
+    assert gone.exit_code == 0
+    told = cli("search", "a green circle", "--index", scenery, "-k", 2)
+    assert told.stderr == "nothing here matches 'a green circle'; the nearest are\n"
+    assert len(told.stdout.splitlines()) == 2
+    assert "%  " in told.stdout
+
+    none = cli("search", "a green circle", "--index", scenery, "--relevant", "-f")
+    assert (none.stdout, none.exit_code) == ("", 1)
+    some = cli("search", "a red star", "--index", scenery, "--relevant", "-f", "-k", 24)
+    assert some.stderr == ""
+    every = json.loads(cli("search", "a red star", "--index", scenery, "-k", 24, "--json").stdout)["hits"]
+    assert some.stdout.splitlines() == [hit["path"] for hit in every if hit["relevance"] >= 0.5]
+    assert 0 < len(some.stdout.splitlines()) < 24
+    first = cli("search", "a red star", "--index", scenery, "-k", 1, "--json")
+    assert json.loads(first.stdout)["hits"] == there["hits"][:1]
+
+
+def test_a_filter_keeps_each_relevance(cli, scenery):
+    cli("index", scenery, "--model", "tiny")
+    every = json.loads(cli("search", "a red star", "--index", scenery, "-k", 24, "--json").stdout)["hits"]
+    hearts = json.loads(cli("search", "a red star", "--index", scenery, "-g", "*heart*", "--json").stdout)
+    wanted = {hit["path"]: hit["relevance"] for hit in every}
+    assert {hit["path"]: hit["relevance"] for hit in hearts["hits"]} == pytest.approx(
+        {hit["path"]: wanted[hit["path"]] for hit in hearts["hits"]}, abs=1e-3
+    )
+
+
+def test_pictures_are_no_words(cli, scenery):
+    cli("index", scenery, "--model", "tiny")
+    picture = next(scenery.glob("*.png"))
+    value = json.loads(cli("search", "--image", picture, "--index", scenery, "--json").stdout)
+    assert value["matches"] is None
+    assert value["hits"][0]["relevance"] is None
+    assert "%" not in cli("search", "--image", picture, "--index", scenery).stdout
+    assert "in words alone" in cli("search", "--image", picture, "--index", scenery, "--relevant").stderr

@@ -12,7 +12,8 @@ from ecliptic.apps.cli._inputs import one_picture
 from ecliptic.apps.cli._shell import DEFAULT_MODEL, Json, emit, fail, load_model, open_model, text_vector, warn
 
 if TYPE_CHECKING:
-    from ecliptic.apps.index import Index
+    from ecliptic.apps.index import Hit, Index
+    from ecliptic.apps.index.relevance import Verdict
     from ecliptic.core.encoder import HFEncoder
     from ecliptic.core.ort import OrtEncoder
 
@@ -29,6 +30,9 @@ def search(
     where: Annotated[
         list[str] | None, typer.Option("--where", "-w", help="Only pictures with this field, as in year=2024.")
     ] = None,
+    relevant: Annotated[
+        bool, typer.Option("--relevant", help="Only hits that match; exit status 1 where none does.")
+    ] = False,
     files: Annotated[bool, typer.Option("--files", "-f", help="Print plain paths, best first, for pipes.")] = False,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Default: the one that made the index.")] = None,
     json: Json = False,
@@ -36,9 +40,10 @@ def search(
     """Search an index by text, by a picture, or by a mix of both.
 
     Several parts are added up as directions; what --minus names is subtracted. The score is the cosine between
-    query and picture: compare scores within one query only. Several --where must all hold; a value that reads as a
-    number is one, quotes make it a text, as in --where 'room="12"'. Where `index` has left an exported twin of its
-    model in the cache, that one answers, without torch.
+    query and picture: compare scores within one query only. For a query in words alone, the relevance beside it can
+    be compared across queries: 50 % or more is a match, and where no hit is one, that is said. Several --where must
+    all hold; a value that reads as a number is one, quotes make it a text, as in --where 'room="12"'. Where `index`
+    has left an exported twin of its model in the cache, that one answers, without torch.
     """
     if query is None and not image:
         fail("nothing to look for: give words, or --image with a picture")
@@ -46,27 +51,60 @@ def search(
         fail("the query is empty: say what to look for")
     fields = dict(_field(text) for text in where or [])
     pictures = [one_picture(path) for path in image or []]
+    if relevant and (pictures or minus):
+        fail("--relevant judges queries in words alone: leave out --image and --minus")
     from ecliptic.apps.index import Index
+    from ecliptic.apps.index.relevance import FIRST
 
     with Index.open(find_index(index)) as target:
         if len(target) == 0:
             fail(f"the index {target.folder} holds no pictures yet: run `ecliptic index` on the folder again")
         encoder = open_encoder(target, model)
-        hits = target.search(_direction(encoder, query, pictures, minus or []), k, glob=glob, where=fields)
+        asked = _direction(encoder, query, pictures, minus or [])
+        hits = target.search(asked, max(k, FIRST), glob=glob, where=fields)
+        verdict = None if pictures or minus else _judged(target, encoder, asked, hits)
     if not hits and (glob is not None or fields):
         warn(f"no indexed picture has {' and '.join(where or [])}" if fields else f"no indexed path matches {glob!r}")
+    shares = [None] * len(hits) if verdict is None else verdict.relevance.tolist()
+    matches = None if verdict is None else verdict.matches
+    shown = [(hit, share) for hit, share in zip(hits[:k], shares) if not relevant or share is None or share >= 0.5]
+    if matches is False and hits and not json:
+        warn(f"nothing here matches {query!r}{'' if relevant else '; the nearest are'}")
     value = {
         "query": query,
         "images": image or [],
         "minus": minus or [],
         "index": target.folder,
         "model": target.signature.model,
-        "hits": [{"path": hit.path, "score": round(hit.score, 6), **hit.extra} for hit in hits],
+        "matches": matches,
+        "hits": [
+            {"path": hit.path, "score": round(hit.score, 6), "relevance": share and round(share, 4), **hit.extra}
+            for hit, share in shown
+        ],
     }
-    lines = [hit.path if files else f"{hit.score:6.3f}  {hit.path}" for hit in hits]
+    lines = [hit.path if files else _line(hit, share) for hit, share in shown]
     emit(value, json, "\n".join(lines))
-    if not hits:
+    if not shown:
         raise typer.Exit(1)
+
+
+def _line(hit: Hit, share: float | None) -> str:
+    """Cosine, relevance where there is one, and path."""
+    return f"{hit.score:6.3f}  {'' if share is None else f'{share:4.0%}  '}{hit.path}"
+
+
+def _judged(target: Index, encoder: HFEncoder | OrtEncoder, asked: Any, hits: Sequence[Hit]) -> Verdict | None:
+    """How relevant hits of a query in words are; None where nothing can be said of this index."""
+    import numpy as np
+
+    from ecliptic.apps.index.relevance import of_index
+
+    judge = of_index(target, lambda texts: np.asarray(encoder.encode_texts(texts)))
+    if judge is None:
+        return None
+    vectors = [target.vector(hit.path) for hit in hits]
+    seen = [-asked if vector is None else vector for vector in vectors]  # None: removed between the search and now
+    return judge.judge(asked, np.array(seen).reshape(-1, len(asked)))
 
 
 def open_encoder(target: Index, model: str | None) -> HFEncoder | OrtEncoder:
