@@ -489,11 +489,23 @@ def test_online_draws_anew_every_epoch():
         assert epochs[0] == ids(step.apply(records))
         assert epochs == [ids(again) for again in itertools.repeat(step.online(source), 30)]
         assert len(set(map(tuple, epochs))) == 30
+    loader = step.online(Pool())
+    first, second = iter(loader), iter(loader)  # two walks side by side do not mix their epochs
+    pairs = list(itertools.zip_longest(first, second))
+    assert [[r["id"] for r in walk if r] for walk in zip(*pairs)] == epochs[:2]
     balancer = Balancer(entry_prob(step.count(records), 20))
     matcher = Matcher(ENTRIES)
     expected = sum(balancer.probability(matcher.match(r["caption"])) for r in records)
     assert abs(np.mean([len(epoch) for epoch in epochs]) - expected) < 4 * math.sqrt(expected / 30)
     assert len(set(itertools.chain(*epochs))) > 2 * expected, "over the epochs other pairs are seen"
+
+
+def test_online_over_shards_also_shuffles_anew(tmp_path):
+    paths = write_shards(Records.from_list(pool(60)), tmp_path, max_count=25)
+    loader = MetaClip(ENTRIES, t=math.inf).online(Stream(paths, shuffle=20, seed=1))
+    first, second = ids(loader), ids(loader)
+    assert first != second
+    assert sorted(first) == sorted(second) == sorted(r["id"] for r in pool(60) if naive(r["caption"], ENTRIES))
 
 
 def test_the_report_counts_what_apply_does():

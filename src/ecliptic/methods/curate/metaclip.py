@@ -35,8 +35,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from ecliptic.core.contracts import DataStep, Pairs, Record
 from ecliptic.core.method import Paper, method
-from ecliptic.data.records import Records
 from ecliptic.data.select import select, undecoded
+from ecliptic.data.shards import Stream
 from ecliptic.data.shots import tiny_records
 from ecliptic.data.text import read_text
 from ecliptic.data.wordnet import WordNet, wordnet
@@ -67,9 +67,7 @@ class MetaClip(DataStep):
     metadata: str | Sequence[str] = "wordnet"  # entries; or a file of them, a line each or a JSON list; or the synsets
     t: float | None = None  # captions per entry; math.inf only drops what matches nothing. None: from `tail_mass`
     tail_mass: float = TAIL_MASS  # share of all matches that entries below t hold: what to keep equal between pools
-    counts: ArrayLike | None = (
-        None  # uint64 (M,), captions per entry over the whole pool. None: count what `apply` gets
-    )
+    counts: ArrayLike | None = None  # uint64 (M,), texts per entry in the whole pool. None: count what `apply` gets
     mode: Mode = "bernoulli"  # one draw per matched entry, or one with their joint probability: the same law
     texts: Texts = "caption"
     seed: int = 0
@@ -151,16 +149,21 @@ class MetaClip(DataStep):
 
 
 class _Decision:
-    """What a step decides about the records of a pool, which is counted when the first decision needs it."""
+    """What a step decides about the records of a pool, which is counted when the first decision needs it.
 
-    def __init__(self, step: MetaClip, pairs: Pairs, epoch: int = 0):
+    like: a decision about the same pool, whose counts serve for this one, too.
+    """
+
+    def __init__(self, step: MetaClip, pairs: Pairs, epoch: int = 0, like: _Decision | None = None):
         if isinstance(pairs, Iterator):
             raise TypeError("pairs must be re-iterable (a list, Records, a Stream), not an iterator or generator")
-        self.step, self.pairs, self.epoch = step, pairs, epoch
+        self.step, self.pairs, self.epoch, self.like = step, pairs, epoch, like
         self.change = self._change if step.texts != "caption" else None
 
     @cached_property
     def counts(self) -> Counts:
+        if self.like is not None:
+            return self.like.counts
         if self.step.counts is None:
             return self.step.count(self.pairs)
         return _checked(self.step.counts, len(self.step.matcher.entries))
@@ -203,15 +206,16 @@ class _Online:
     """See `MetaClip.online`. The pool is counted once."""
 
     def __init__(self, step: MetaClip, pairs: Pairs):
-        self.decide, self.epochs = _Decision(step, pairs), 0
-        self._view: Pairs | None = None
+        self.counted, self.epochs = _Decision(step, pairs), 0
 
     def __iter__(self) -> Iterator[Record]:
-        self.decide.epoch, self.epochs = self.epochs, self.epochs + 1
-        pairs = self.decide.pairs
-        if self._view is None or isinstance(pairs, Records | list | tuple):  # those are chosen from when they are given
-            self._view = select(pairs, self.decide.keep, self.decide.change)
-        return iter(self._view)
+        epoch, self.epochs = self.epochs, self.epochs + 1
+        step, pairs = self.counted.step, self.counted.pairs
+        decide = _Decision(step, pairs, epoch, self.counted)
+        kept = select(pairs, decide.keep, decide.change)
+        if isinstance(kept, Stream):
+            kept.passes = epoch  # so that it also shuffles anew
+        return iter(kept)
 
 
 @dataclass(frozen=True, eq=False)
