@@ -56,7 +56,10 @@ class Hit(NamedTuple):
 
 @dataclass
 class Change:
-    """What one `add` did, by path. bad: every picture below the sources that has no vector, with the reason."""
+    """What one `add`, `update` or `merge` did, by path.
+
+    bad: every picture below the sources that has no vector, with the reason.
+    """
 
     added: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
@@ -106,11 +109,10 @@ class Index:
         root: paths below it are kept relative to it (default: the folder that holds `folder`), so that pictures and
         index can move together. source: what `ecliptic.load` opens the model with, for those who search later.
         """
-        if is_lance(folder):
-            place = located(folder)
+        place: str | Path = located(folder) if is_lance(folder) else absolute(folder)
+        if isinstance(place, str):
             LanceStore.create(place, signature, Path(place).parent if root is None else absolute(root), source)
         else:
-            place = absolute(folder)
             Store.create(place, signature, place.parent if root is None else absolute(root), source)
         return cls.open(place, signature)
 
