@@ -126,6 +126,7 @@ def _refresh(
 ) -> None:
     picture_folder(folder)
     from ecliptic.apps.index import Index, NoIndexError, is_lance
+    from ecliptic.apps.index.relevance import of_index
     from ecliptic.apps.index.towers import TowerEmbedder, decoded_fast
 
     place = folder / ".ecliptic" if index is None else index if is_lance(index) else Path(index)
@@ -159,6 +160,7 @@ def _refresh(
             link: Callable[[int, int], None] | None = None
             change = target.add(folder, embedder, batch_size=batch_size, progress=advance, graph_progress=linking)
         held = len(target)
+        of_index(target, encoder.encode_texts)  # kept: a search finds at hand what it judges relevance by
     twin = _keep_twin(encoder) if export and held else None
     bad = change.bad + [entry for entry in change.unreadable if entry[0] not in dict(change.bad)]
     if not json:

@@ -99,7 +99,7 @@ def _judged(target: Index, encoder: HFEncoder | OrtEncoder, asked: Any, hits: Se
 
     from ecliptic.apps.index.relevance import of_index
 
-    judge = of_index(target, lambda texts: np.asarray(encoder.encode_texts(texts)))
+    judge = of_index(target, encoder.encode_texts)
     if judge is None:
         return None
     vectors = [target.vector(hit.path) for hit in hits]
