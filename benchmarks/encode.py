@@ -112,7 +112,7 @@ def main() -> None:
 
     def st_encode(items: list[Any], batch: int) -> Tensor:
         return sentences.encode(
-            items, batch, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
+            items, batch_size=batch, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
         )
 
     rows: list[Row] = []
