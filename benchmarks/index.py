@@ -242,7 +242,6 @@ def main() -> None:
     plans = [(f"{n:,} x {DIM}", mixture.pictures(n, seed=1), None) for n in SIZES]
     plans.append((f"{RANDOM:,} x {DIM} uniformly random", uniform(RANDOM, 1), next(uniform(ASKED, 2))))
     try:
-        built = [(name, *fill(work / name, parts, stop), random) for name, parts, random in plans]
         (top / "adding").mkdir()
         settings = {
             "threads": 1,
@@ -253,7 +252,8 @@ def main() -> None:
             "graph": {"M": ann.M, "efConstruction": ann.EF_CONSTRUCTION, "efSearch": ann.EF_SEARCH, "rows": "fp16"},
             "add_pictures_per_second": adding(top / "adding"),
         }
-        for name, store, figures, random in built:
+        for name, parts, random in plans:
+            store, figures = fill(work / name, parts, stop)
             pictures = next(mixture.pictures(ASKED, seed=2))
             kinds = (
                 {"pictures": pictures, "texts": mixture.texts(ASKED, seed=3)} if random is None else {"random": random}

@@ -27,7 +27,7 @@ class LanceChanges(Changes):
 
 TestLanceChanges = LanceChanges.TestCase
 TestLanceChanges.settings = settings(
-    max_examples=4, stateful_step_count=8, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=6, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
