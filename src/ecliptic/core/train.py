@@ -35,7 +35,7 @@ from ecliptic.core.data_parallel import anybody, average, average_gradients, par
 from ecliptic.core.distributed import gather_views, rank, world_size
 from ecliptic.core.grad_cache import check_chunks, encode_in_chunks
 from ecliptic.core.guard import ForgettingWarning, Guarded, Score, repaired, scorer
-from ecliptic.core.lora import Lora, is_adapter, merge
+from ecliptic.core.lora import TOWERS, Lora, is_adapter, merge
 from ecliptic.core.progress import Progress
 from ecliptic.core.train_log import Log
 
@@ -45,12 +45,10 @@ if TYPE_CHECKING:
     from ecliptic.core.encoder import Encoder, HFEncoder
 
 B = TypeVar("B")
-M = TypeVar("M", bound=nn.Module)
 Trainable = str | Callable[[str, nn.Parameter], bool]
 
 LN_100 = math.log(100)  # arXiv 2103.00020, section 2.5: the logits are never scaled by more than 100
 
-TOWERS = ("image", "text")
 _OBJECTIVE = 1 << 31  # stands where steps have the place of a batch, so that an objective's draws are no encoder's
 
 
@@ -290,7 +288,7 @@ def fit(
 
 
 class _Step(nn.Module):
-    """Module and loss in one forward, which is where accelerate hangs autocast and gradient synchronisation."""
+    """Module and loss in one forward, which is where accelerate hangs autocast."""
 
     def __init__(self, module: nn.Module, loss_fn: Callable[[Any], Mapping[str, Tensor]]):
         super().__init__()
