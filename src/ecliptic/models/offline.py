@@ -160,7 +160,7 @@ class Settings:
     class_temperature: float = 0.03  # of a text's distribution over classes
     picture_temperature: float = 1.5  # of a picture's
     named_classes: int = 20  # most likely classes whose names are averaged
-    weights: tuple[float, float, float] = (1.0, 0.7, 0.7)  # of looks, classes, names in the cosine: their squares
+    weights: tuple[float, float, float] = (1.0, 0.8, 0.6)  # of looks, classes, names in the cosine: their squares
     dim: int = 512  # of the joint space
     centred: bool = True  # classes, on both sides
     emoji: bool = True
