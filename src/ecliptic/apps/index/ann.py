@@ -18,6 +18,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,7 @@ def build(vectors: Array, target: Path, old: Path | None = None, progress: Progr
 
     old: a graph over the first rows of the same vectors, which is read and extended instead of starting from nothing.
     """
-    import faiss
-
+    faiss = _faiss()
     first, owner = distinct(vectors)
     graph = None
     if old is not None:
@@ -152,8 +152,7 @@ class Graph:
         None where an exact look at the allowed rows is cheaper or safer: because they are few, because k is large, or
         because hardly any lies where the query points, as when one asks for cats among the pictures of dogs.
         """
-        import faiss
-
+        faiss = _faiss()
         wanted = max(EF_SEARCH, 4 * k)
         share = edge / self.rows
         if edge * share < WORTH * wanted:
@@ -173,8 +172,7 @@ class Graph:
 
     def _selector(self, allowed: Array, edge: int) -> tuple[Any, int]:
         """The nodes that stand for an allowed row, as bits, and how many; kept, since without a filter they stay."""
-        import faiss
-
+        faiss = _faiss()
         if self._mask is None or self._mask[0] is not allowed:
             bits, rows = np.zeros(self._index.ntotal, bool), allowed[:edge]
             bits[rows if self._owner is None else self._owner[rows]] = True
@@ -190,16 +188,19 @@ def remove(folder: Path, keep: Path | None = None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _read(path: Path, mapped: bool) -> Any:
-    import faiss
+def _faiss() -> Any:
+    """The package; its own type stubs know but half of it."""
+    return import_module("faiss")
 
+
+def _read(path: Path, mapped: bool) -> Any:
+    faiss = _faiss()
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
 
 
 def _write(graph: Any, path: Path) -> None:
     """Through a file of Python's, so that a full disk is an OSError with its number, not a C++ exception."""
-    import faiss
-
+    faiss = _faiss()
     faults: list[OSError] = []
     with path.open("wb") as file:
 

@@ -99,7 +99,9 @@ class Match(NamedTuple):
 class Backend(Protocol):
     """What `Index` needs of whatever holds the rows. Writing methods are called inside `writing`."""
 
-    place: Path | str
+    @property
+    def place(self) -> Path | str:
+        """Its folder or URL."""
 
     def close(self) -> None: ...
 
