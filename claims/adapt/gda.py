@@ -49,9 +49,20 @@ CLOTH_NAMES = {
     "local": "cloth with a small local defect",
     "global": "cloth with a defect all over",
 }
-SHIFTS: dict[str, dict[str, Any]] = {
-    "drawings": {"style": "drawing"},
-    "large": {"size_range": (0.40, 0.45)},  # radii in picture widths; `tiny` learnt from 0.14 to 0.34
+
+
+class Shift(NamedTuple):
+    """Scenes unlike those that `tiny` learnt from: options of `scenes`, and the attribute asked for with its prompts."""
+
+    options: dict[str, Any]
+    label: str = "shape"
+    classes: tuple[str, ...] = SHAPES
+    templates: tuple[str, ...] = ("a {}",)
+
+
+SHIFTS = {
+    "drawings": Shift({"style": "drawing"}),
+    "large": Shift({"size_range": (0.40, 0.45)}),  # radii in picture widths; `tiny` learnt from 0.14 to 0.34
 }
 
 
@@ -246,40 +257,47 @@ def encoded_digits(seed: int) -> tuple[Tensor, Tensor]:
     return normalize(hidden.flatten(1), dim=-1), torch.tensor(data.target)
 
 
-def shifted_scenes(shift: str, shots: int, seed: int) -> Task:
-    """Ten shapes under a shift: the first shots of each class out of 16, 8 of each to validate on."""
-    features, labels, views, validation, test, plenty, text, scale = encoded_scenes(shift, seed)
-    rows = torch.cat([(labels == k).nonzero()[:shots, 0] for k in range(len(text))])
-    return Task(len(text), (features[rows], labels[rows]), validation, test, views[:, rows], text, plenty, scale)
+def shifted_scenes(name: str, shots: int, seed: int) -> Task:
+    """The first shots of each class out of 16."""
+    whole = encoded_scenes(name, seed)
+    (features, labels), views = whole.shots, whole.views
+    assert views is not None
+    rows = torch.cat([(labels == k).nonzero()[:shots, 0] for k in range(whole.classes)])
+    return whole._replace(shots=(features[rows], labels[rows]), views=views[:, rows])
 
 
 @cache
-def encoded_scenes(shift: str, seed: int) -> tuple[Any, ...]:
-    """Everything that `shifted_scenes` needs of a seed, encoded once."""
+def encoded_scenes(name: str, seed: int) -> Task:
+    return encode_scenes(SHIFTS[name], seed)
+
+
+def encode_scenes(shift: Shift, seed: int) -> Task:
+    """16 shots of each class in ten views, 8 to validate on, 600 to test on, and 800 others: plenty."""
     encoder = load("tiny")
 
     def drawn(split: str, n: int, per_class: int | None = None) -> Records:
-        records = scenes(split, n, seed + 1000, size=encoder.image_size, holdout=(), **SHIFTS[shift])
+        more = {"label": shift.label, "holdout": (), **shift.options}
+        records = scenes(split, n, seed + 1000, size=encoder.image_size, **more)
         if per_class is None:
             return records
         found = records.column("label")
-        rows = [i for k in SHAPES for i in [j for j, label in enumerate(found) if label == k][:per_class]]
-        assert len(rows) == per_class * len(SHAPES)
+        rows = [i for k in shift.classes for i in [j for j, label in enumerate(found) if label == k][:per_class]]
+        assert len(rows) == per_class * len(shift.classes)
         return records[rows]
 
     def encoded(records: Records) -> tuple[Tensor, Tensor]:
-        return encode_views(encoder, records)[0], labels_of(records, SHAPES)[1]
+        return encode_views(encoder, records)[0], labels_of(records, shift.classes)[1]
 
     shots = drawn("train", 600, 16)
     features, views = encode_views(encoder, shots, views=10, seed=seed)
-    return (
-        features,
-        labels_of(shots, SHAPES)[1],
-        views,
+    return Task(
+        len(shift.classes),
+        (features, labels_of(shots, shift.classes)[1]),
         encoded(drawn("val", 400, 8)),
         encoded(drawn("test", 600)),
+        views,
+        zero_shot_head(encoder, shift.classes, shift.templates),
         encoded(drawn("train", 1400)[600:]),
-        zero_shot_head(encoder, SHAPES, ("a {}",)),
         encoder.scale.item(),
     )
 

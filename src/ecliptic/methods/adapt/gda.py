@@ -23,6 +23,7 @@ from ecliptic.core.encoder import Encoder
 from ecliptic.core.method import Paper, method
 from ecliptic.core.zeroshot import template_set, zero_shot_head
 from ecliptic.data.shots import (
+    Shots,
     check_classes,
     check_features,
     check_labels,
@@ -123,20 +124,9 @@ class Gda(_TextAndGaussian):
         template_set(self.templates)  # what is wrong is said before any picture is opened
         if self.shrinkage not in ESTIMATORS:
             raise ValueError(f"shrinkage must be one of {', '.join(ESTIMATORS)}, not {self.shrinkage!r}")
-        shots = encode_shots(
-            encoder, pairs, validation, classes=self.classes, views=self.views, seed=self.seed, crop=CROP
-        )
+        shots, rest = _encoded(self, encoder, pairs, validation)
         text = _text_head(encoder, shots.classes, self.templates) if self.text else None
-        self.fit_features(
-            shots.features,
-            shots.labels,
-            text,
-            views=shots.views,
-            validation=shots.validation,
-            classes=shots.classes,
-            scale=encoder.scale,
-            logit_bias=encoder.bias,
-        )
+        self.fit_features(shots.features, shots.labels, text, **rest)
         self.encoder_ = encoder
         return self
 
@@ -232,20 +222,9 @@ class GdaNewClasses(_TextAndGaussian):
         if not self.new_classes:
             raise ValueError("GdaNewClasses needs new_classes=: the names of the classes to make a classifier for")
         template_set(self.templates)
-        shots = encode_shots(
-            encoder, pairs, validation, classes=self.classes, views=self.views, seed=self.seed, crop=CROP
-        )
-        self.fit_features(
-            shots.features,
-            shots.labels,
-            _text_head(encoder, shots.classes, self.templates),
-            _text_head(encoder, self.new_classes, self.templates),
-            views=shots.views,
-            validation=shots.validation,
-            classes=shots.classes,
-            scale=encoder.scale,
-            logit_bias=encoder.bias,
-        )
+        shots, rest = _encoded(self, encoder, pairs, validation)
+        text, new_text = (_text_head(encoder, names, self.templates) for names in (shots.classes, self.new_classes))
+        self.fit_features(shots.features, shots.labels, text, new_text, **rest)
         self.encoder_ = encoder
         return self
 
@@ -346,6 +325,22 @@ class GdaUnlabelled(_TextAndGaussian):
     @classmethod
     def tiny(cls) -> tuple[GdaUnlabelled, list[Record]]:
         return cls(classes=("red", "green", "blue")), tiny_records()
+
+
+def _encoded(
+    judge: Gda | GdaNewClasses, encoder: Encoder, pairs: Pairs, validation: Pairs | None
+) -> tuple[Shots, dict[str, Any]]:
+    """Pictures as features, and all that `fit_features` takes by keyword."""
+    shots = encode_shots(
+        encoder, pairs, validation, classes=judge.classes, views=judge.views, seed=judge.seed, crop=CROP
+    )
+    return shots, {
+        "views": shots.views,
+        "validation": shots.validation,
+        "classes": shots.classes,
+        "scale": encoder.scale,
+        "logit_bias": encoder.bias,
+    }
 
 
 # The mathematics, on plain tensors
