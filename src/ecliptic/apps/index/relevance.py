@@ -42,6 +42,7 @@ FEWEST = 50  # background captions; percentiles of fewer are noise. Ours
 SAME = 0.999  # cosine from which a background caption is the query itself, and left out
 SLOPE = 0.53  # of the log-odds, per unit of excess: `python -m benchmarks.relevance calibrate`
 LIMIT = 0.2  # the excess of relevance 0.5: four of five queries that clip art answers lie above (same command)
+# Both with the weights of "offline" before its class names were made richer, at commit 881f2a5.
 FIRST = 10  # hits that a verdict looks at, however few are shown: it must not depend on that. Ours
 
 
