@@ -26,7 +26,7 @@ from ecliptic.core.claims import Claim, Gate
 from ecliptic.core.encoder import load
 from ecliptic.core.zeroshot import zero_shot_head
 from ecliptic.data.records import Records
-from ecliptic.data.scenes import SHAPES, SIZES, TEXTURES, scenes
+from ecliptic.data.scenes import SHAPES, TEXTURES, scenes
 from ecliptic.data.shots import encode_views, labels_of
 from ecliptic.data.sources import open_source
 from ecliptic.methods.adapt.gda import Gda
@@ -147,10 +147,10 @@ CLAIM = Claim(
         gain("textiles", 16, "ncm", 0.0, gate=False),
         gain("textiles", 16, "zero_shot", 0.0, gate=False),
     ),
-    note="Drawings leave too little room for a margin of 0.08 over Tip-Adapter with 16 shots (with an earlier set of gates it was "
-    "the one of twelve that failed, at +0.0605), so that row judges nothing; larger shapes leave none. The task that carries the "
-    "margins was chosen by headroom alone, blind to GDA, among 28 (benchmarks/results/gda_headroom.json). On digits with 16 shots "
-    "Tip-Adapter, searched far beyond its official range, is nearly as good; within that range it falls behind.",
+    note="Drawings leave too little room for a margin of 0.08 over Tip-Adapter with 16 shots (with an earlier set of gates it "
+    "was the one of twelve that failed, at +0.0605), so that row judges nothing; larger shapes leave none. The task that carries "
+    "the margins was chosen by headroom alone, blind to GDA, among 28 (benchmarks/results/gda_headroom.json). On digits with 16 "
+    "shots Tip-Adapter, searched far beyond its official range, is nearly as good; within that range it falls behind.",
 )
 
 
