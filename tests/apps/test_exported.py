@@ -98,7 +98,7 @@ def test_the_model_need_not_be_there_any_more(cli, model, pictures, tmp_path, mo
 def test_indexing_goes_on_where_exporting_cannot(cli, model, pictures, monkeypatch, tmp_path):
     monkeypatch.setenv("ECLIPTIC_CACHE", str(tmp_path / "cache"))
     assert json.loads(cli("index", pictures, "--model", model, "--no-export", "--json").stdout)["exported"] is None
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "exported").exists()
 
     def refuse(encoder, folder):
         raise ExportError("it has no form")
