@@ -40,6 +40,7 @@ struct Sum {
 };
 
 inline Pair added(Pair a, Pair b) {
+  if (a.n == NONE && a.m == 0.0) return b;
   const float e = a.n > b.n ? a.n : b.n;
   if (e == NONE) return {a.m + b.m, NONE};
   const auto moved = [e](Pair p) { return p.n - e <= DROP ? p.m * 0.0 : std::ldexp(p.m, static_cast<int>(p.n - e)); };
@@ -107,8 +108,9 @@ const Sweeps& sweeps(int backend) {
 // A row cut into parts, one a thread; `each(start, count, part)` is called for all of them.
 template <class F>
 void parts(std::int64_t columns, int threads, F each) {
+  if (threads == 1) return each(0, columns, 0);
   const std::int64_t step = ((columns + threads - 1) / threads + 63) / 64 * 64;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+#pragma omp parallel for num_threads(threads) schedule(static)
   for (int part = 0; part < threads; part++) {
     const std::int64_t start = part * step, left = columns - start;
     if (left > 0) each(start, left < step ? left : step, part);
@@ -118,13 +120,17 @@ void parts(std::int64_t columns, int threads, F each) {
 // The same in blocks, whose results are merged; short enough blocks for float sums to lose nothing.
 template <class R, class F, class M>
 R folded(std::int64_t columns, int threads, R first, F each, M merge) {
-  std::vector<R> found(threads, first);
-  parts(columns, threads, [&](std::int64_t start, std::int64_t count, int part) {
+  const auto blocks = [&](std::int64_t start, std::int64_t count) {
+    R all = first;
     for (std::int64_t at = start; at < start + count; at += BLOCK) {
       const std::int64_t left = start + count - at;
-      found[part] = merge(found[part], each(at, left < BLOCK ? left : BLOCK));
+      all = merge(all, each(at, left < BLOCK ? left : BLOCK));
     }
-  });
+    return all;
+  };
+  if (threads == 1) return blocks(0, columns);
+  std::vector<R> found(threads, first);
+  parts(columns, threads, [&](std::int64_t start, std::int64_t count, int part) { found[part] = blocks(start, count); });
   R all = first;
   for (const R& one : found) all = merge(all, one);
   return all;
