@@ -517,6 +517,8 @@ def test_train_makes_a_model(cli, model, pictures, tmp_path):
     assert value["loss"]["first"] > 0
     assert (tmp_path / "trained.checkpoints" / "log.jsonl").exists()
     assert "no captions" in cli("train", pictures, "--out", tmp_path / "x", "--model", model).stderr
-    assert "no loss 'nce'" in cli("train", table, "--out", tmp_path / "x", "--model", model, "--objective", "nce").stderr
+    assert (
+        "no loss 'nce'" in cli("train", table, "--out", tmp_path / "x", "--model", model, "--objective", "nce").stderr
+    )
     assert "is no loss" in cli("train", table, "--out", tmp_path / "x", "--model", model, "--objective", "gda").stderr
     assert "other files" in cli("train", table, "--out", pictures, "--model", model).stderr

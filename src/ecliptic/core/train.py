@@ -232,7 +232,7 @@ def fit(
         bar = stack.enter_context(Progress(title, settings.steps, unit=unit, start=start, shown=shown))
         threads = settings.workers if getattr(get, "threads_allowed", True) else min(settings.workers, 1)
         wanted = range(start * settings.accumulate, settings.steps * settings.accumulate)
-        stream = stack.enter_context(closing(prefetch(get, wanted, threads)))
+        stream = stack.enter_context(closing(cast(Any, prefetch(get, wanted, threads))))
 
         def save(step: int) -> None:
             if main and stored.at != step:

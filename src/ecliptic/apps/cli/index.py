@@ -149,6 +149,7 @@ def _refresh(
     with Index.create(place, embedder.signature, root=folder, source=kept_as) as target:
         with ExitStack() as stack:
             advance = stack.enter_context(counting("indexing"))
+            link: Callable[[int, int], None] | None = None
 
             def linking(done: int, total: int) -> None:
                 nonlocal link
@@ -157,7 +158,6 @@ def _refresh(
                     link = stack.enter_context(counting("linking", "rows"))
                 link(done, total)
 
-            link: Callable[[int, int], None] | None = None
             change = target.add(folder, embedder, batch_size=batch_size, progress=advance, graph_progress=linking)
         held = len(target)
         of_index(target, encoder.encode_texts)  # kept: a search finds at hand what it judges relevance by

@@ -111,7 +111,7 @@ class ClipSvd(ModelStep):
         )
 
     def _trainer(self, encoder: HFEncoder, names: tuple[str, ...], labels: Tensor) -> Train:
-        per_class = max(1, round(len(labels) / len(labels.unique())))
+        per_class = max(1, round(len(labels) / len(labels.unique())))  # type: ignore[no-untyped-call]
         return Train(
             PromptClassifier(names, self.templates, self.tau),
             trainable=OFFSETS,
@@ -196,15 +196,15 @@ class SvdLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() > self.in_features * (self.in_features + self.out_features):
-            return linear(x, self.weight, self.bias)  # many rows: one product of x and W is cheaper than two
-        return linear(linear(x, self.right) * self.s, self.left, self.bias)
+            return linear(x, self.weight, self.bias)  # type: ignore[arg-type]  # many rows: one product of x and W is cheaper than two
+        return linear(linear(x, self.right) * self.s, self.left, self.bias)  # type: ignore[arg-type]
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A plain layer with the same bias that computes the same."""
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         plain.weight = nn.Parameter(self.weight.contiguous())
-        plain.bias = self.bias
+        plain.bias = self.bias  # type: ignore[assignment]
         return plain
 
     def extra_repr(self) -> str:
@@ -369,7 +369,7 @@ def _rank(layer: nn.Linear, ratio: float) -> int:
 
 def _digest(weight: Tensor) -> Tensor:
     data = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return torch.tensor(list(hashlib.blake2b(data, digest_size=8).digest()), dtype=torch.uint8)
+    return torch.tensor(list(hashlib.blake2b(data, digest_size=8).digest()), dtype=torch.uint8)  # type: ignore[arg-type]
 
 
 # What was adapted
@@ -426,7 +426,7 @@ def rank_changes(
                 written = out[1][:, rows] @ v[1][rows] - out[0][:, rows] @ v[0][rows]
                 strongest = (read @ written).norm(dim=-1).argsort(descending=True)[:top]
                 said = tuple(texts[i] for i in strongest.tolist())
-            found.append(HeadChange(layer, head, *changes, sum(changes), said))
+            found.append(HeadChange(layer, head, *changes, sum(changes), said))  # type: ignore[call-arg, arg-type]
     return sorted(found, key=lambda change: -change.total)
 
 
@@ -447,4 +447,4 @@ def _reader(encoder: HFEncoder, tower: Tower, texts: Sequence[str]) -> Tensor:
         raise ValueError(f"this tower of {encoder.name} does not norm and project its hidden states: leave texts out")
     rows = encoder.encode_texts(list(texts)).double()
     directions = normalize(rows - rows.mean(0), dim=-1)
-    return directions @ project.weight.detach().double().cpu() * cast(Tensor, norm.weight).detach().double().cpu()
+    return directions @ project.weight.detach().double().cpu() * cast(Tensor, norm.weight).detach().double().cpu()  # type: ignore[no-any-return]

@@ -204,7 +204,7 @@ def _groups(n: int, classes: Tensor | None, images: Tensor | None, device: torch
     start = sizes.cumsum(0) - sizes
     lots = []
     magnitude = sizes.double().log2().ceil().long()
-    for size in magnitude.unique():
+    for size in magnitude.unique():  # type: ignore[no-untyped-call]
         chosen = (magnitude == size).nonzero()[:, 0]
         columns = torch.arange(int(sizes[chosen].max()), device=device)
         at = start[chosen, None] + columns
