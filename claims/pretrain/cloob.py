@@ -6,8 +6,9 @@ there on each arm goes its own way for 250 steps. Retrieval needs that start: be
 (With beta 0 the loss is constant, which a test shows without any training.)
 
 participation: the participation ratio of the covariance of 600 held-out pictures of one thing each; k99: how many directions
-hold 99 % of their variance; text_participation: of the captions of 600 held-out pairs; recall: text-to-image R@1 over 200
-held-out pairs, in [0, 1].
+hold 99 % of their variance; text_participation: of the captions of 600 held-out pairs; recall: text-to-image R@1 among 200
+held-out pairs, in [0, 1], the mean over five such sets: one set alone leaves a standard error of 0.03 per arm, too coarse
+for a margin of 0.06.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from ecliptic.models.tiny import MEAN, SPREAD, tokenizer
 from ecliptic.ops.spectrum import directions_holding, participation_ratio
 
 SIDE, PATCH, WIDTH = 36, 6, 64
+PAIRS, SETS = 200, 5
 WORLD: dict[str, Any] = {
     "shapes": ("square", "ring", "cross"),
     "textures": ("plain",),
@@ -68,6 +70,8 @@ CLAIM = Claim(
         Gate("k99, pictures: CLOOB against CLIP", "cloob", "clip", 1.0, "k99", gate=False),
         Gate("participation, texts: CLOOB against CLIP", "cloob", "clip", 1.0, "text_participation", gate=False),
     ),
+    note="R@1 was first measured among one set of 200 pairs a seed, which gave -0.065 with a standard error of about 0.03; now "
+    "it is the mean over five sets, the margin being the same.",
 )
 
 
@@ -85,13 +89,17 @@ def started(seed: int) -> HFEncoder:
 
 def figures(encoder: HFEncoder, seed: int) -> dict[str, float]:
     singles = encoder.encode_images(loaded("test", 600, seed, "single", "picture"))
-    images = encoder.encode_images(loaded("test", 200, seed, "pair", "picture"))
-    words = encoder.encode_texts(loaded("test", 600, seed, "pair", "caption"))
+    images = encoder.encode_images(loaded("test", PAIRS * SETS, seed, "pair", "picture"))
+    words = encoder.encode_texts(loaded("test", PAIRS * SETS, seed, "pair", "caption"))
+    found = [
+        recall_at_k((some @ said.T).numpy(), ks=(1,))["text_to_image.recall@1"]
+        for some, said in zip(images.split(PAIRS), words.split(PAIRS))
+    ]
     return {
         "participation": participation_ratio(singles),
         "k99": float(directions_holding(singles)),
-        "text_participation": participation_ratio(words),
-        "recall": recall_at_k((images @ words[:200].T).numpy(), ks=(1,))["text_to_image.recall@1"],
+        "text_participation": participation_ratio(words[:600]),
+        "recall": sum(found) / SETS,
     }
 
 
