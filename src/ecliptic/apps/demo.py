@@ -340,6 +340,7 @@ def _measured(demo: Demo, place: Path) -> list[Content]:
 def _name(demo: Demo) -> Section:
     import torch
 
+    from ecliptic.apps.naming import usual_templates
     from ecliptic.core.zeroshot import zero_shot_head, zero_shot_probabilities
 
     records = photos()
@@ -353,7 +354,8 @@ def _name(demo: Demo) -> Section:
     with Index.open(top.parent / ".ecliptic") as index:
         rows = [index.vector(path) for path in paths]  # they have been embedded already
     seen = torch.stack([torch.from_numpy(row) for row in rows if row is not None])
-    shares = zero_shot_probabilities(demo.encoder, seen, zero_shot_head(demo.encoder, labels)).numpy()
+    head = zero_shot_head(demo.encoder, labels, usual_templates(demo.encoder))
+    shares = zero_shot_probabilities(demo.encoder, seen, head).numpy()
     answers = [labels[int(row.argmax())] for row in shares]
     right = [answer == label for answer, label in zip(answers, truth, strict=True)]
     third = [truth[i] in [labels[j] for j in row.argsort()[::-1][:3]] for i, row in enumerate(shares)]

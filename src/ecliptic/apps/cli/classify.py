@@ -19,7 +19,10 @@ def classify(
     predictor: Annotated[Path | None, typer.Option("--predictor", "-p", help="A folder that `adapt` saved.")] = None,
     template: Annotated[
         list[str] | None,
-        typer.Option("--template", help="Sentence around a label, or a set: photo, drawing, ensemble, plain."),
+        typer.Option(
+            "--template",
+            help="Sentence around a label, or a set: photo, drawing, ensemble, plain. Default: photo, but plain for offline.",
+        ),
     ] = None,
     top: Annotated[int, typer.Option("--top", min=1, help="How many labels to print per picture.")] = 3,
     model: Annotated[
@@ -34,7 +37,7 @@ def classify(
     if predictor is not None and labels is not None:
         fail("give --labels or --predictor, not both: a predictor knows its labels")
     names = None if predictor is not None else labels_of(labels)
-    templates: Any = template if template and "{}" in template[0] else (template or ["photo"])[0]
+    templates: Any = template if template and "{}" in template[0] else (template or [None])[0]
     if predictor is not None and not predictor.is_dir():
         fail(f"no such predictor: {predictor}")
     files, bad = picture_files(images)
@@ -65,9 +68,10 @@ def classify(
 
 
 def _by_words(encoder: Any, files: list[Path], names: list[str], templates: Any) -> tuple[list[Path], Any, Bad]:
+    from ecliptic.apps.naming import usual_templates
     from ecliptic.core.zeroshot import zero_shot_head, zero_shot_probabilities
 
-    head = zero_shot_head(encoder, names, templates)
+    head = zero_shot_head(encoder, names, templates or usual_templates(encoder))
     good, rows, bad = encode_files(encoder, files, "classifying")
     return good, zero_shot_probabilities(encoder, rows, head), bad
 
