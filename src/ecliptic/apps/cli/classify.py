@@ -37,7 +37,7 @@ def classify(
     if predictor is not None and labels is not None:
         fail("give --labels or --predictor, not both: a predictor knows its labels")
     names = None if predictor is not None else labels_of(labels)
-    templates: Any = template if template and "{}" in template[0] else (template or [None])[0]
+    templates: Any = template if template and "{}" in template[0] else template[0] if template else None
     if predictor is not None and not predictor.is_dir():
         fail(f"no such predictor: {predictor}")
     files, bad = picture_files(images)
