@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+TOWERS = ("image", "text")
+"""The towers by the names that settings use: fields of `Anatomy`."""
+
 
 @dataclass(frozen=True)
 class Tower:

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ecliptic.core.anatomy import Tower, parts
+from ecliptic.core.anatomy import TOWERS, Tower, parts
 from ecliptic.core.contracts import ModelStep, Pairs
 from ecliptic.core.encoder import Encoder, HFEncoder
 from ecliptic.core.files import atomic_folder
 
-TOWERS = ("image", "text")
 LAYERS = ("q", "k", "v", "out", "fc1", "fc2", "projection")
 _PREFIX = "base_model.model."  # what peft's own classes put before each name
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ecliptic.core.anatomy import TOWERS
 from ecliptic.core.averaging import Ema
 from ecliptic.core.batches import Augment, Batch, Indexed, Streamed, cheap_column, check, collate, prefetch
 from ecliptic.core.borrowed import Interrupt, modes, only, own_accelerator, own_randomness, seed_all
@@ -35,7 +36,7 @@ from ecliptic.core.data_parallel import anybody, average, average_gradients, par
 from ecliptic.core.distributed import gather_views, rank, world_size
 from ecliptic.core.grad_cache import check_chunks, encode_in_chunks
 from ecliptic.core.guard import ForgettingWarning, Guarded, Score, repaired, scorer
-from ecliptic.core.lora import TOWERS, Lora, is_adapter, merge
+from ecliptic.core.lora import Lora, is_adapter, merge
 from ecliptic.core.progress import Progress
 from ecliptic.core.train_log import Log
 

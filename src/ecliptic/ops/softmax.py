@@ -254,8 +254,9 @@ def _usable(x: Tensor) -> bool:
 def _forward(x: Tensor, algorithm: str) -> Tensor:
     if _usable(x):
         flat = x.reshape(-1, x.shape[-1])
-        flat = flat if flat.stride(1) == 1 or flat.shape[1] == 1 else flat.contiguous()
-        return native_softmax(flat.contiguous() if flat.shape[1] == 1 else flat, algorithm).view(x.shape)
+        if flat.stride(1) != 1 or flat.shape[1] == 1:
+            flat = flat.contiguous()
+        return native_softmax(flat, algorithm).view(x.shape)
     if not x.numel():
         return torch.empty_like(x)
     most = x.amax(-1, keepdim=True)

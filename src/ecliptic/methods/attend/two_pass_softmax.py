@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from ecliptic.core.anatomy import TOWERS
 from ecliptic.core.attention import Probabilities, register, use
 from ecliptic.core.contracts import ModelStep, Pairs, Record
 from ecliptic.core.encoder import Encoder, HFEncoder
@@ -21,7 +22,6 @@ from ecliptic.data.shots import tiny_records
 from ecliptic.ops.softmax import three_pass_recompute, three_pass_reload, two_pass_softmax
 
 FORMS = {"two_pass": two_pass_softmax, "recompute": three_pass_recompute, "reload": three_pass_reload}
-TOWERS = ("image", "text")
 
 
 @method(
