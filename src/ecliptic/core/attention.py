@@ -1,7 +1,8 @@
 """Attention with another softmax, for any model of `transformers` that dispatches its attention by name.
 
-`register(name, probabilities)` makes scores -> probabilities an attention implementation; `use(model, name)` switches a model, or
-one tower of it, over. The mask function is registered with it: without one, CLIP's text tower would silently stop being causal.
+`register(name, probabilities)` makes scores -> probabilities an attention implementation, `register_attention` a whole function
+of queries, keys and values; `use(model, name)` switches a model, or one tower of it, over. The mask function is registered with
+it: without one, CLIP's text tower would silently stop being causal.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from torch.nn.functional import dropout as drop
 Probabilities = Callable[[nn.Module, Tensor], Tensor]
 """(the attention module, scores (B, heads, queries, keys), hidden keys at the type's lowest number) -> the same shape."""
 
+Attend = Callable[..., tuple[Tensor, Tensor]]
+"""What `transformers` calls: (module, queries (B, heads, Q, d), keys and values (B, groups, K, d), an additive mask or None;
+scaling=, dropout=, and further names of the model's) -> (context (B, Q, heads, d), weights (B, heads, Q, K))."""
+
 PREFIX = "ecliptic-"
 
 
@@ -23,8 +28,6 @@ def register(name: str, probabilities: Probabilities) -> str:
 
     The module is there for settings and parameters that a method hangs on it. Registering a name again replaces it.
     """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
     def attend(
         module: nn.Module,
@@ -36,19 +39,31 @@ def register(name: str, probabilities: Probabilities) -> str:
         dropout: float = 0.0,
         **_: Any,
     ) -> tuple[Tensor, Tensor]:
-        groups = getattr(module, "num_key_value_groups", 1)
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        key, value = expand_groups(module, key), expand_groups(module, value)
         scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         if attention_mask is not None:
             scores = scores + attention_mask[..., : key.shape[-2]]
         weights = drop(probabilities(module, scores).to(value.dtype), dropout, module.training)
         return (weights @ value).transpose(1, 2).contiguous(), weights
 
+    return register_attention(name, attend)
+
+
+def register_attention(name: str, attend: Attend) -> str:
+    """Make `attend` an attention implementation, with the mask of the eager one, and return its name in `transformers`."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
     full = PREFIX + name
     AttentionInterface.register(full, attend)
     AttentionMaskInterface.register(full, eager_mask)
     return full
+
+
+def expand_groups(module: nn.Module, heads: Tensor) -> Tensor:
+    """Keys or values (B, groups, K, d) -> (B, heads, K, d): each group repeated for the heads of `module` that share it."""
+    groups = getattr(module, "num_key_value_groups", 1)
+    return heads.repeat_interleave(groups, 1) if groups > 1 else heads
 
 
 def use(model: nn.Module, name: str) -> None:
