@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, OPTConfig, OPTModel, ViTConfig, ViTModel
 
-from ecliptic.core.attention import PREFIX, register, use
+from ecliptic.core.attention import PREFIX, register, register_attention, use
 from tests.towers import FAMILIES
 
 PLAIN = register("plain-for-tests", lambda module, scores: torch.softmax(scores, -1))
@@ -109,3 +109,23 @@ def test_what_cannot_be_switched_says_so():
     with pytest.raises(ValueError, match="Linear has no attention"):
         use(nn.Linear(2, 2), PLAIN)
     assert PLAIN.startswith(PREFIX)
+
+
+def test_boolean_masks_where_asked_and_none_where_causality_says_it_all():
+    seen = []
+
+    def attend(module, query, key, value, attention_mask, **options):
+        seen.append(attention_mask)
+        causal = attention_mask is None and query.shape[2] > 1
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, is_causal=causal)
+        return out.transpose(1, 2).contiguous(), None
+
+    name = register_attention("boolean-for-tests", attend, boolean_mask=True)
+    model, ids = language("opt"), torch.arange(12).view(2, 6) + 3
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    before = [model(ids, attention_mask=m).last_hidden_state for m in (None, mask)]
+    use(model, name)
+    after = [model(ids, attention_mask=m).last_hidden_state for m in (None, mask)]
+    assert_close(after[0], before[0], rtol=1e-5, atol=1e-5)
+    assert_close(after[1][mask.bool()], before[1][mask.bool()], rtol=1e-5, atol=1e-5)
+    assert [None if m is None else m.dtype for m in seen] == [None, None, torch.bool, torch.bool]

@@ -16,9 +16,9 @@ from torch.nn.functional import dropout as drop
 Probabilities = Callable[[nn.Module, Tensor], Tensor]
 """(the attention module, scores (B, heads, queries, keys), hidden keys at the type's lowest number) -> the same shape."""
 
-Attend = Callable[..., tuple[Tensor, Tensor]]
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
 """What `transformers` calls: (module, queries (B, heads, Q, d), keys and values (B, groups, K, d), an additive mask or None;
-scaling=, dropout=, and further names of the model's) -> (context (B, Q, heads, d), weights (B, heads, Q, K))."""
+scaling=, dropout=, and further names of the model's) -> (context (B, Q, heads, d), weights (B, heads, Q, K) or None)."""
 
 PREFIX = "ecliptic-"
 
@@ -49,14 +49,18 @@ def register(name: str, probabilities: Probabilities) -> str:
     return register_attention(name, attend)
 
 
-def register_attention(name: str, attend: Attend) -> str:
-    """Make `attend` an attention implementation, with the mask of the eager one, and return its name in `transformers`."""
+def register_attention(name: str, attend: Attend, *, boolean_mask: bool = False) -> str:
+    """Make `attend` an attention implementation, with the mask of the eager one, and return its name in `transformers`.
+
+    boolean_mask: give it masks as SDPA gets them instead, true where a key is seen, and None where is_causal says it all
+    (key j is seen by query i if j <= i) or nothing is hidden: long sequences then need no mask of (queries, keys).
+    """
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, eager_mask
+    from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
     full = PREFIX + name
     AttentionInterface.register(full, attend)
-    AttentionMaskInterface.register(full, eager_mask)
+    AttentionMaskInterface.register(full, sdpa_mask if boolean_mask else eager_mask)
     return full
 
 
