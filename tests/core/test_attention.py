@@ -114,10 +114,10 @@ def test_what_cannot_be_switched_says_so():
 def test_boolean_masks_where_asked_and_none_where_causality_says_it_all():
     seen = []
 
-    def attend(module, query, key, value, attention_mask, **options):
-        seen.append(attention_mask)
-        causal = attention_mask is None and query.shape[2] > 1
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, is_causal=causal)
+    def attend(module, query, key, value, mask, scaling, **options):
+        seen.append(mask)
+        causal = mask is None and query.shape[2] > 1
+        out = nn.functional.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
 
     name = register_attention("boolean-for-tests", attend, boolean_mask=True)
