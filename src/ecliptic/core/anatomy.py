@@ -101,6 +101,11 @@ _BLOCKS: tuple[Mapping[str, str], ...] = (
         "norm1": "attention.output.LayerNorm", "norm2": "output.LayerNorm",
         "heads": "attention.self.num_attention_heads",
     },
+    {  # OPT
+        "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "out": "self_attn.out_proj",
+        "fc1": "fc1", "fc2": "fc2", "norm1": "self_attn_layer_norm", "norm2": "final_layer_norm",
+        "heads": "self_attn.num_heads",
+    },
 )  # fmt: skip
 
 

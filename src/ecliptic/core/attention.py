@@ -7,9 +7,10 @@ it: without one, CLIP's text tower would silently stop being causal.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout as drop
 
@@ -20,13 +21,22 @@ Attend = Callable[..., tuple[Tensor, Tensor | None]]
 """What `transformers` calls: (module, queries (B, heads, Q, d), keys and values (B, groups, K, d), an additive mask or None;
 scaling=, dropout=, and further names of the model's) -> (context (B, Q, heads, d), weights (B, heads, Q, K) or None)."""
 
+Context = Callable[[nn.Module, Tensor], Tensor]
+"""(the attention module, what its heads gathered (B, heads, queries, d)) -> the same shape."""
+
 PREFIX = "ecliptic-"
 
+Tap = Callable[[str, Tensor], Tensor]
+TAP = "attention_tap"
+"""Attribute of an attention module: `tap(point, tensor) -> tensor`, called where attention runs through `register` with its
+"scores" (before the mask), "values", "probabilities" and "context", to measure or to round them. See `tapped`."""
 
-def register(name: str, probabilities: Probabilities) -> str:
+
+def register(name: str, probabilities: Probabilities, context: Context | None = None) -> str:
     """Make `probabilities` an attention implementation, and return the name `transformers` knows it by.
 
-    The module is there for settings and parameters that a method hangs on it. Registering a name again replaces it.
+    context: what is done to the heads' outputs before they are joined, if anything. The module is there for settings and
+    parameters that a method hangs on it. Registering a name again replaces it.
     """
 
     def attend(
@@ -39,12 +49,16 @@ def register(name: str, probabilities: Probabilities) -> str:
         dropout: float = 0.0,
         **_: Any,
     ) -> tuple[Tensor, Tensor]:
-        key, value = expand_groups(module, key), expand_groups(module, value)
+        tap: Tap = getattr(module, TAP, _untouched)
+        key, value = expand_groups(module, key), tap("values", expand_groups(module, value))
         scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        scores = tap("scores", scores)
         if attention_mask is not None:
             scores = scores + attention_mask[..., : key.shape[-2]]
-        weights = drop(probabilities(module, scores).to(value.dtype), dropout, module.training)
-        return (weights @ value).transpose(1, 2).contiguous(), weights
+        weights = tap("probabilities", probabilities(module, scores).to(value.dtype))
+        weights = drop(weights, dropout, module.training)
+        gathered = weights @ value if context is None else context(module, weights @ value)
+        return tap("context", gathered).transpose(1, 2).contiguous(), weights
 
     return register_attention(name, attend)
 
@@ -82,3 +96,51 @@ def use(model: nn.Module, name: str) -> None:
     switch(name)
     if any(config._attn_implementation != name for config in configs):
         raise ValueError(f"{type(model).__name__} does not dispatch its attention by name: it keeps its own")
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that dispatch attention by name, by their own names in the model. ValueError if there are none."""
+    projections = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if hasattr(getattr(module, "config", None), "_attn_implementation")
+        and any(all(isinstance(getattr(module, part, None), nn.Module) for part in parts) for parts in projections)
+    }
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no attention with projections of query, key and value of its own")
+    return found
+
+
+def tapped(model: nn.Module, taps: Mapping[str, Tap]) -> Callable[[], None]:
+    """Hang taps on attention modules, by name, in place; returns what takes them off again.
+
+    Modules on an attention of `transformers` compute plain softmax attention meanwhile, which gives the same. Taps of attention
+    that went by `register_attention` are never called.
+    """
+    plain = register("softmax", plain_softmax)
+    modules = attention_modules(model)
+    switched = []
+    for name, tap in taps.items():
+        setattr(modules[name], TAP, tap)
+        config: Any = modules[name].config
+        if not str(config._attn_implementation).startswith(PREFIX):
+            switched.append((config, config._attn_implementation))
+            config._attn_implementation = plain
+
+    def undo() -> None:
+        for name in taps:
+            delattr(modules[name], TAP)
+        for config, before in switched:
+            config._attn_implementation = before
+
+    return undo
+
+
+def _untouched(_point: str, x: Tensor) -> Tensor:
+    return x
+
+
+def plain_softmax(_module: nn.Module | None, scores: Tensor) -> Tensor:
+    """The `Probabilities` of ordinary attention; half precision is computed, and given back, in float32."""
+    return torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
