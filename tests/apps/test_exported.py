@@ -16,7 +16,7 @@ from ecliptic.apps.index import Index, Signature
 from ecliptic.apps.index.towers import TowerEmbedder, decoded_fast, signature
 from ecliptic.core import export as core_export
 from ecliptic.core.encoder import load
-from ecliptic.core.ort import ExportError, OrtEncoder
+from ecliptic.core.exported import ExportedModel, ExportError
 from tests.core.test_inputs import large_jpeg
 from tests.towers import FAMILIES
 
@@ -144,7 +144,7 @@ def test_signatures_are_those_of_the_model(tmp_path):
     for name, family in FAMILIES.items():
         encoder = family()
         core_export.export(encoder, tmp_path / name)
-        assert signature(OrtEncoder.open(tmp_path / name)) == signature(encoder)
+        assert signature(ExportedModel.open(tmp_path / name)) == signature(encoder)
         assert signature(encoder, fast=True) != signature(encoder)
         assert decoded_fast(signature(encoder, fast=True))
         assert not decoded_fast(signature(encoder))

@@ -15,8 +15,8 @@ from PIL import Image
 
 from ecliptic.core.encoder import LoadError, load
 from ecliptic.core.export import CAPTIONS, TOLERANCE, export, samples
+from ecliptic.core.exported import EXPORT_CARD, ExportedModel, ExportError
 from ecliptic.core.inputs import TextTooLong, TruncationWarning
-from ecliptic.core.ort import EXPORT_CARD, ExportError, OrtEncoder
 from tests.towers import FAMILIES, SIZE, clip_encoder
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def pair(request, tmp_path_factory):
     assert all(module.training for module in encoder.modules())
     assert parity == type(parity)(parity.images, parity.texts, len(samples()), len(CAPTIONS))
     assert 0 <= max(parity.images, parity.texts) < 1e-5 < TOLERANCE
-    return encoder.eval(), OrtEncoder.open(folder)
+    return encoder.eval(), ExportedModel.open(folder)
 
 
 def pictures(n: int = 5) -> list[Image.Image]:
@@ -67,7 +67,7 @@ def test_pictures_of_any_size_in_any_batches(pair, batch_size):
     theirs = encoder.encode_images(given).numpy()
     np.testing.assert_allclose(exported.encode_images(given, batch_size), theirs, atol=1e-5)
     assert np.abs(theirs[0] - theirs[2]).max() > 1e-3
-    quick = OrtEncoder.open(exported.folder, quick=True, threads=1)
+    quick = ExportedModel.open(exported.folder, quick=True, threads=1)
     np.testing.assert_allclose(quick.encode_images(given), theirs, atol=1e-5)
     np.testing.assert_allclose(quick.encode_texts(TEXTS), encoder.encode_texts(TEXTS).numpy(), atol=1e-5)
 
@@ -144,8 +144,8 @@ def test_runs_without_torch(pair, tmp_path):
     pictures(1)[0].save(picture)
     code = f"""
 import sys, numpy as np
-from ecliptic.core.ort import OrtEncoder
-model = OrtEncoder.open({str(exported.folder)!r}, quick=True)
+from ecliptic.core.exported import ExportedModel
+model = ExportedModel.open({str(exported.folder)!r}, quick=True)
 rows = [model.encode_texts({TEXTS!r}), model.encode_images([{str(picture)!r}])]
 np.save({str(tmp_path / "rows.npy")!r}, np.concatenate(rows))
 heavy = ("torch", "transformers", "sklearn", "scipy", "onnx", "ecliptic.core.encoder")
@@ -160,11 +160,11 @@ print([name for name in heavy if name in sys.modules])
 
 def test_an_export_that_differs_is_refused(tmp_path, monkeypatch):
     encoder = clip_encoder()
-    monkeypatch.setattr(OrtEncoder, "encode_texts", lambda self, texts: encoder.encode_texts(texts).numpy() + 2e-4)
+    monkeypatch.setattr(ExportedModel, "encode_texts", lambda self, texts: encoder.encode_texts(texts).numpy() + 2e-4)
     with pytest.raises(ExportError, match=r"captions differ by 2\.0e-04"):
         export(encoder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(OrtEncoder, "token_ids", lambda self, texts, overflow: [[0] for _ in texts])
+    monkeypatch.setattr(ExportedModel, "token_ids", lambda self, texts, overflow: [[0] for _ in texts])
     with pytest.raises(ExportError, match="own ids"):
         export(encoder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -190,20 +190,20 @@ def test_models_that_cannot_be_exported_are_named(tmp_path):
 def test_folders_that_hold_no_export(pair, tmp_path):
     _, exported = pair
     with pytest.raises(ExportError, match=f"no {EXPORT_CARD}"):
-        OrtEncoder.open(tmp_path)
+        ExportedModel.open(tmp_path)
     (tmp_path / EXPORT_CARD).write_text("{")
     with pytest.raises(ExportError, match="damaged"):
-        OrtEncoder.open(tmp_path)
+        ExportedModel.open(tmp_path)
     card = json.loads((exported.folder / EXPORT_CARD).read_text())
     (tmp_path / EXPORT_CARD).write_text(json.dumps({**card, "format": 99}))
     (tmp_path / "preprocessor_config.json").write_bytes((exported.folder / "preprocessor_config.json").read_bytes())
     with pytest.raises(ExportError, match="newer version"):
-        OrtEncoder.open(tmp_path)
+        ExportedModel.open(tmp_path)
     (tmp_path / EXPORT_CARD).write_text(json.dumps(card))
     (tmp_path / "image.onnx").write_bytes(b"not a graph")
     with pytest.raises(ExportError, match=r"image\.onnx cannot be opened"):
-        OrtEncoder.open(tmp_path).encode_images(pictures(1))
-    with pytest.raises(LoadError, match=r"exported model.*OrtEncoder\.open"):
+        ExportedModel.open(tmp_path).encode_images(pictures(1))
+    with pytest.raises(LoadError, match=r"exported model.*ExportedModel\.open"):
         load(exported.folder)
 
 
@@ -218,4 +218,4 @@ def test_without_onnx_the_extra_is_named(tmp_path, monkeypatch):
 def test_without_onnxruntime_the_extra_is_named(pair, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"ecliptic\[search\]"):
-        OrtEncoder.open(pair[1].folder).encode_texts(["a cat"])
+        ExportedModel.open(pair[1].folder).encode_texts(["a cat"])

@@ -22,7 +22,7 @@ from ecliptic.data.records import Records
 
 if TYPE_CHECKING:
     from ecliptic.core.encoder import HFEncoder
-    from ecliptic.core.ort import OrtEncoder
+    from ecliptic.core.exported import ExportedModel
 
 KEPT = (str, int, float, bool, list, tuple, dict, type(None))  # fields that JSON can hold
 
@@ -43,7 +43,7 @@ class Embedded:
 
 
 def embed_records(
-    encoder: HFEncoder | OrtEncoder,
+    encoder: HFEncoder | ExportedModel,
     records: Records,
     out: str | Path,
     *,
@@ -115,7 +115,7 @@ class _Counter:
 
 
 def _write(
-    encoder: HFEncoder | OrtEncoder,
+    encoder: HFEncoder | ExportedModel,
     part: Records,
     ids: list[str],
     stamps: list[list[int] | None],

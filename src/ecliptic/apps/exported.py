@@ -15,7 +15,7 @@ from ecliptic.data.cache import cache_dir
 
 if TYPE_CHECKING:
     from ecliptic.core.encoder import HFEncoder
-    from ecliptic.core.ort import OrtEncoder
+    from ecliptic.core.exported import ExportedModel
 
 
 def place(model_id: str) -> Path:
@@ -23,15 +23,15 @@ def place(model_id: str) -> Path:
     return cache_dir() / "exported" / re.sub(r"[^\w.-]+", "_", model_id)
 
 
-def twin(model_id: str) -> OrtEncoder | None:
+def twin(model_id: str) -> ExportedModel | None:
     """The exported twin, set up for a few queries; None where there is none, or nothing to run it with."""
     folder = place(model_id)
     if not folder.is_dir() or find_spec("onnxruntime") is None:
         return None
-    from ecliptic.core.ort import ExportError, OrtEncoder
+    from ecliptic.core.exported import ExportedModel, ExportError
 
     try:
-        found = OrtEncoder.open(folder, quick=True)
+        found = ExportedModel.open(folder, quick=True)
     except ExportError:  # a cache entry: the model itself is still there
         return None
     return found if found.id == model_id else None

@@ -29,6 +29,7 @@ from torch.nn.functional import normalize as unit
 
 from ecliptic.core.anatomy import Anatomy, Tower, anatomy, outputs_of, siglip_token_pool
 from ecliptic.core.contracts import Features, Tokens
+from ecliptic.core.exported import EXPORT_CARD
 from ecliptic.core.files import atomic_folder
 from ecliptic.core.inputs import (
     Decode,
@@ -43,7 +44,6 @@ from ecliptic.core.inputs import (
 from ecliptic.core.inputs import TextTooLong as TextTooLong
 from ecliptic.core.inputs import TruncationWarning as TruncationWarning
 from ecliptic.core.inputs import open_picture as open_picture
-from ecliptic.core.ort import EXPORT_CARD
 from ecliptic.core.preprocess import ImagePreprocess
 from ecliptic.core.shortcut import last_block_at
 
@@ -441,7 +441,7 @@ def _is_hf_folder(path: Path) -> bool:
 def _load_folder(path: Path, activation: str | None, tokenizer: Any) -> HFEncoder:
     if (path / EXPORT_CARD).exists():
         raise LoadError(
-            f"{path} holds an exported model, which runs without torch: open it with ecliptic.core.ort.OrtEncoder.open, "
+            f"{path} holds an exported model, which runs without torch: open it with ecliptic.core.exported.ExportedModel.open, "
             "or name it as --model of `ecliptic index`, `search` or `embed`"
         )
     if not (path / "config.json").exists():

@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
+from ecliptic.core.exported import EXPORT_CARD, FORMAT, ExportedModel, ExportError
 from ecliptic.core.files import atomic_folder
 from ecliptic.core.inputs import TruncationWarning
-from ecliptic.core.ort import EXPORT_CARD, FORMAT, ExportError, OrtEncoder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +61,7 @@ def export(
     pictures: Sequence[Image.Image] | None = None,
     captions: Sequence[str] = CAPTIONS,
 ) -> Parity:
-    """Write `encoder` to `folder` for `OrtEncoder.open`; the folder appears whole or not at all.
+    """Write `encoder` to `folder` for `ExportedModel.open`; the folder appears whole or not at all.
 
     pictures, captions: samples on which the export must agree with the encoder (default: some of ours), token for token and
     to 1e-4 in every component. Raises ExportError where it does not, or where the encoder cannot be exported at all.
@@ -82,7 +82,7 @@ def export(
         _write_json(draft / "preprocessor_config.json", encoder.transform.to_processor())
         _write_json(draft / EXPORT_CARD, card)
         _write_towers(encoder, draft)
-        parity = _compare(encoder, OrtEncoder.open(draft), samples() if pictures is None else pictures, captions)
+        parity = _compare(encoder, ExportedModel.open(draft), samples() if pictures is None else pictures, captions)
         _write_json(draft / EXPORT_CARD, {**card, "parity": asdict(parity)})
     return parity
 
@@ -187,7 +187,7 @@ def _trace(
 
 
 def _compare(
-    encoder: HFEncoder, exported: OrtEncoder, pictures: Sequence[Image.Image], captions: Sequence[str]
+    encoder: HFEncoder, exported: ExportedModel, pictures: Sequence[Image.Image], captions: Sequence[str]
 ) -> Parity:
     if repr(exported.transform) != repr(encoder.transform):
         raise ExportError(f"{encoder.name}: its transform {encoder.transform} cannot be written down")

@@ -1,6 +1,6 @@
 """What stands before the towers, whatever runs them: pictures opened ahead in threads, captions within the model's limit.
 
-PyTorch (`core.encoder`) and ONNX Runtime (`core.ort`) both embed through here, so that they cannot drift apart. Needs numpy
+PyTorch (`core.encoder`) and ONNX Runtime (`core.exported`) both embed through here, so that they cannot drift apart. Needs numpy
 and Pillow alone: a search with an exported model imports this, and must not import torch.
 """
 

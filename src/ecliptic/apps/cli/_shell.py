@@ -18,7 +18,7 @@ import typer
 
 if TYPE_CHECKING:
     from ecliptic.core.encoder import HFEncoder
-    from ecliptic.core.ort import OrtEncoder
+    from ecliptic.core.exported import ExportedModel
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Model = Annotated[
@@ -124,16 +124,16 @@ def load_model(name: str) -> HFEncoder:
     return load(name)
 
 
-def open_model(name: str) -> HFEncoder | OrtEncoder:
+def open_model(name: str) -> HFEncoder | ExportedModel:
     """Open an encoder for a verb that only embeds: an exported one as it is, anything else with torch."""
-    from ecliptic.core.ort import EXPORT_CARD, OrtEncoder
+    from ecliptic.core.exported import EXPORT_CARD, ExportedModel
 
     if name.strip() and Path(name, EXPORT_CARD).is_file():
-        return OrtEncoder.open(name)
+        return ExportedModel.open(name)
     return load_model(name)
 
 
-def text_vector(encoder: HFEncoder | OrtEncoder, text: str) -> Any:
+def text_vector(encoder: HFEncoder | ExportedModel, text: str) -> Any:
     """One text -> (D,) tensor, or array from an exported model; beyond the tower's limit it is cut, and said so."""
     from ecliptic.core.inputs import TruncationWarning
 

@@ -26,7 +26,7 @@ from ecliptic.apps.cli._shell import (
 if TYPE_CHECKING:
     from ecliptic.apps.index import Index
     from ecliptic.core.encoder import HFEncoder
-    from ecliptic.core.ort import OrtEncoder
+    from ecliptic.core.exported import ExportedModel
 
 NEEDS = True
 RESUME = "what was done is kept: run the same command again to go on"
@@ -189,12 +189,12 @@ def _refresh(
         fail(f"none of the {len(bad):,} pictures below {folder} could be read", 1)
 
 
-def _keep_twin(encoder: HFEncoder | OrtEncoder) -> Path | None:
+def _keep_twin(encoder: HFEncoder | ExportedModel) -> Path | None:
     """Export the model for later searches. That it cannot be exported costs them time, nothing else."""
     from ecliptic.apps.exported import keep_twin, place, twin
-    from ecliptic.core.ort import ExportError, OrtEncoder
+    from ecliptic.core.exported import ExportedModel, ExportError
 
-    if isinstance(encoder, OrtEncoder):
+    if isinstance(encoder, ExportedModel):
         return None
     if twin(encoder.id) is not None:
         return place(encoder.id)

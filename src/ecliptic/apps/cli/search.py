@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ecliptic.apps.index import Hit, Index
     from ecliptic.apps.index.relevance import Verdict
     from ecliptic.core.encoder import HFEncoder
-    from ecliptic.core.ort import OrtEncoder
+    from ecliptic.core.exported import ExportedModel
 
 NEEDS = True
 
@@ -93,7 +93,7 @@ def _line(hit: Hit, share: float | None) -> str:
     return f"{hit.score:6.3f}  {'' if share is None else f'{share:4.0%}  '}{hit.path}"
 
 
-def _judged(target: Index, encoder: HFEncoder | OrtEncoder, asked: Any, hits: Sequence[Hit]) -> Verdict | None:
+def _judged(target: Index, encoder: HFEncoder | ExportedModel, asked: Any, hits: Sequence[Hit]) -> Verdict | None:
     """How relevant hits of a query in words are; None where nothing can be said of this index."""
     import numpy as np
 
@@ -107,7 +107,7 @@ def _judged(target: Index, encoder: HFEncoder | OrtEncoder, asked: Any, hits: Se
     return judge.judge(asked, np.array(seen).reshape(-1, len(asked)))
 
 
-def open_encoder(target: Index, model: str | None) -> HFEncoder | OrtEncoder:
+def open_encoder(target: Index, model: str | None) -> HFEncoder | ExportedModel:
     """What embeds a query for this index: its model's exported twin if there is one, else the model, or the one named."""
     from ecliptic.apps.exported import twin
     from ecliptic.apps.index.towers import decoded_fast, signature
@@ -121,7 +121,7 @@ def open_encoder(target: Index, model: str | None) -> HFEncoder | OrtEncoder:
 
 
 def _direction(
-    encoder: HFEncoder | OrtEncoder, query: str | None, pictures: Sequence[Any], minus: Sequence[str]
+    encoder: HFEncoder | ExportedModel, query: str | None, pictures: Sequence[Any], minus: Sequence[str]
 ) -> Any:
     """The sum of the unit rows of all parts, those of `minus` subtracted: (D,)."""
     import numpy as np

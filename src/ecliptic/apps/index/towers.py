@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ecliptic.core.encoder import HFEncoder
-    from ecliptic.core.ort import OrtEncoder
+    from ecliptic.core.exported import ExportedModel
 
 FAST = "+fast"  # ends the id of the image transform where large JPEGs were decoded at a fraction of their size
 
 
-def signature(encoder: HFEncoder | OrtEncoder, fast: bool = False) -> Signature:
+def signature(encoder: HFEncoder | ExportedModel, fast: bool = False) -> Signature:
     """What an index remembers of its maker. Fast decoding is part of it: vectors of the two kinds are not mixed."""
     transform = hashlib.blake2b(repr(encoder.transform).encode(), digest_size=8).hexdigest()
     return Signature(encoder.id, transform + (FAST if fast else ""), encoder.dim)
@@ -34,7 +34,7 @@ def decoded_fast(made_by: Signature) -> bool:
 class TowerEmbedder:
     """`Embedder` around an image tower. fast: decode large JPEGs at a fraction of their size, as `decode="fast"` does."""
 
-    def __init__(self, encoder: HFEncoder | OrtEncoder, fast: bool = False):
+    def __init__(self, encoder: HFEncoder | ExportedModel, fast: bool = False):
         self.encoder = encoder
         self.fast = fast
         self.signature = signature(encoder, fast)
