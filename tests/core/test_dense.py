@@ -135,3 +135,21 @@ def test_errors_say_what_is_wrong():
 
     with pytest.raises(TypeError, match="patch features"):
         patch_scores(Blind(), torch.zeros(1, 3, 32, 32), torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_zoom_shows_the_tower_a_larger_picture(kind):
+    encoder = ENCODERS[kind]()
+    image = two_colours(64, 64)
+    seen = []
+    hook = encoder.anatomy.image.module.register_forward_pre_hook(
+        lambda module, args, options: seen.append(tuple(options["pixel_values"].shape)), with_kwargs=True
+    )
+    maps = picture_heatmaps(encoder, image, ["a cat"], zoom=2)
+    hook.remove()
+    assert seen == [(1, 3, 64, 64)]  # the tower's own size is 32
+    pixels = encoder.transform.zoomed(2)([image])
+    head, rest = encoder.encode_texts(["a cat"]), encoder.encode_texts(list(dense.BACKGROUND))
+    with torch.no_grad():
+        assert_close(maps[None], text_heatmap(encoder, pixels, head, background=rest))
+    assert_close(picture_heatmaps(encoder, image, ["a cat"]), picture_heatmaps(encoder, image, ["a cat"], zoom=1))

@@ -91,3 +91,13 @@ def test_settings_we_cannot_honour_are_refused():
         ImagePreprocess.from_processor({"size": {"shortest_edge": 3, "longest_edge": 9}})
     with pytest.raises(ValueError, match="either"):
         ImagePreprocess(shortest=224, size=(224, 224))
+
+
+def test_zoomed_multiplies_every_size():
+    squeezed = ImagePreprocess(shortest=None, size=(20, 30), crop=None).zoomed(3)
+    assert (squeezed.shortest, squeezed.size, squeezed.crop) == (None, (60, 90), None)
+    cropped = ImagePreprocess(shortest=10, crop=(10, 8)).zoomed(2)
+    assert (cropped.shortest, cropped.size, cropped.crop) == (20, None, (20, 16))
+    assert squeezed.zoomed(1) == squeezed
+    with pytest.raises(ValueError, match="zoom of 0"):
+        squeezed.zoomed(0)

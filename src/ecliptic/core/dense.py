@@ -71,17 +71,20 @@ def picture_heatmaps(
     background: Sequence[str] = BACKGROUND,
     templates: str | Sequence[str] = "plain",
     scale: Tensor | float | None = None,
+    zoom: int = 1,
 ) -> Tensor:
     """One picture of any shape and K texts -> (K, height, width) on the CPU, aligned with the whole picture.
 
     The picture is padded to a square first, because most checkpoints would crop its ends away; the padding is cut off
-    the maps again. An empty `background` gives plain cosines.
+    the maps again. An empty `background` gives plain cosines. zoom: how many times the checkpoint's own size the tower sees
+    the picture at, a whole number: finer maps of smaller things, for some zoom^2 times the work or more.
     """
     square, (left, top) = _squared(image.convert("RGB"))
     head = zero_shot_head(encoder, texts, templates)
     rest = zero_shot_head(encoder, background, "{}") if background else None
     with torch.inference_mode():
-        scores = patch_scores(encoder, encoder.preprocess([square]), head, background=rest, scale=scale)
+        pixels = encoder.preprocess([square]) if zoom == 1 else encoder.transform.zoomed(zoom)([square])
+        scores = patch_scores(encoder, pixels, head, background=rest, scale=scale)
         side = max(image.size)
         maps = interpolate(scores.float(), size=(side, side), mode="bilinear", align_corners=False)[0].cpu()
     return maps[:, top : top + image.height, left : left + image.width].clone()

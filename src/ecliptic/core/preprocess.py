@@ -8,7 +8,7 @@ look-up per channel, since an 8-bit picture has only 256 values to transform.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +105,17 @@ class ImagePreprocess:
             "image_mean": list(self.mean),
             "image_std": list(self.std),
         }
+
+    def zoomed(self, factor: int) -> ImagePreprocess:
+        """The same at `factor` times the size. A tower that interpolates its positions then sees patches of finer things."""
+        if factor < 1:
+            raise ValueError(f"a zoom of {factor}: it is a whole number from 1 on")
+        return replace(
+            self,
+            shortest=None if self.shortest is None else factor * self.shortest,
+            size=None if self.size is None else (factor * self.size[0], factor * self.size[1]),
+            crop=None if self.crop is None else (factor * self.crop[0], factor * self.crop[1]),
+        )
 
     @property
     def side(self) -> int:
