@@ -211,6 +211,8 @@ def test_half_precision_goes_through_float32():
     assert_close(found, attention_weights(q.float(), k.float(), causal(300), LSSAR))
     context, _ = attention(q, k, k, causal=True)
     assert context.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention_weights(q.float(), k.float(), causal(300), LSSAR), found)
 
 
 @pytest.mark.parametrize("form", [LSSA, LSSAR, SOFTMAX, Form(phi="sigmoid")])
@@ -287,6 +289,12 @@ def test_chunks_of_rows_change_nothing(mask, block):
     assert none is None
     assert_close(parts, whole, rtol=1e-12, atol=1e-14)
     assert_close(attention(q, k, v, given, causal=True, block=block, keep=True)[1], weights, rtol=1e-12, atol=1e-14)
+
+
+def test_an_empty_batch_stays_empty():
+    context, weights = attention(*(torch.zeros(0, 3, 10, 5) for _ in range(3)), causal=True)
+    assert context.shape == (0, 3, 10, 5)
+    assert weights.shape == (0, 3, 10, 10)
 
 
 def test_memory_does_not_grow_with_the_square_of_the_length():

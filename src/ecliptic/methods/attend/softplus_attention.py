@@ -17,6 +17,8 @@ resolution or the caption; the paper is about causal decoders, so that use is an
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
@@ -32,7 +34,12 @@ from ecliptic.core.encoder import Encoder, HFEncoder
 from ecliptic.core.method import Paper, method
 from ecliptic.data.shots import tiny_records
 
-PHIS = ("exp", "softplus", "sigmoid", "relu")
+PHIS: dict[str, Callable[[Tensor], Tensor]] = {
+    "exp": torch.exp,
+    "softplus": softplus,
+    "sigmoid": torch.sigmoid,
+    "relu": relu,
+}
 BLOCK = 1 << 24  # weights computed at a time, over all heads; ours: 64 MiB of float32, a few of them alive together
 
 
@@ -96,7 +103,8 @@ def attention_weights(
     """
     wide = torch.promote_types(query.dtype, torch.float32)  # p = 15 is beyond what half precision holds
     seen = visible.sum(-1, keepdim=True).to(wide)
-    z = logits(query.to(wide), key.to(wide), seen, form.cosine, scaling)
+    with torch.autocast(query.device.type, enabled=False):
+        z = logits(query.to(wide), key.to(wide), seen, form.cosine, scaling)
     weights = positive(z if bias is None else z + bias, visible, form.phi, shift=form.normalise)
     if form.normalise:
         weights = divide(weights, weights.sum(-1, keepdim=True))
@@ -110,20 +118,18 @@ def logits(query: Tensor, key: Tensor, seen: Tensor, cosine: bool = True, scalin
         return query @ key.transpose(-1, -2) * (width**-0.5 if scaling is None else scaling)
     if width < 3:
         raise ValueError(f"heads of width {width}: the scale log d vanishes, so cosine=True needs 3 or more")
-    scale = torch.log(torch.tensor(width, dtype=seen.dtype)).to(seen.device) * seen.clamp_min(1).log()
+    scale = math.log(width) * seen.clamp_min(1).log()
     return normalize(query, dim=-1) * scale @ normalize(key, dim=-1).transpose(-1, -2)
 
 
 def positive(z: Tensor, visible: Tensor, phi: str, *, shift: bool = True) -> Tensor:
     """Step 3: B = phi(Z) where a key is seen, 0 elsewhere. shift: exp may be scaled per row, because a division follows."""
     z = z.masked_fill(~visible, 0)  # whatever is hidden must not overflow, or its gradient is NaN
-    if phi == "exp":
-        if shift:
-            z = z - z.detach().masked_fill(~visible, -torch.inf).amax(-1, keepdim=True).nan_to_num(neginf=0)
-        b = z.exp()
-    else:
-        b = {"softplus": softplus, "sigmoid": torch.sigmoid, "relu": relu}[phi](z)
-    return b.masked_fill(~visible, 0)
+    if phi == "exp" and shift:
+        z = z - z.detach().masked_fill(~visible, -torch.inf).amax(-1, keepdim=True).nan_to_num(
+            neginf=0
+        )  # inf: none seen
+    return PHIS[phi](z).masked_fill(~visible, 0)
 
 
 def reweight(weights: Tensor, seen: Tensor, power: float, offset_rows: int = 3) -> Tensor:
@@ -133,7 +139,7 @@ def reweight(weights: Tensor, seen: Tensor, power: float, offset_rows: int = 3) 
     """
     excess = relu(weights * seen - (seen > offset_rows).to(weights.dtype))
     peak = excess.detach().amax(-1, keepdim=True)
-    flat = peak <= 32 * torch.finfo(weights.dtype).eps  # ours: above the rounding of a row's sum, below any real excess
+    flat = peak <= 32 * torch.finfo(weights.dtype).eps  # ours: what is left is a row's rounding
     # Each row by its largest entry first, which the division undoes: N^15 overflows float32, and 0.001^15 underflows.
     raised = (excess / peak.masked_fill(flat, 1)).pow(power)
     return torch.where(flat, weights, divide(raised, raised.sum(-1, keepdim=True)))
@@ -167,7 +173,7 @@ def attention(
     """
     batch, heads, rows, _ = query.shape
     keys = key.shape[2]
-    step = max(1, block // (batch * heads * keys))
+    step = max(1, block // max(1, batch * heads * keys))
     keep = keep or step >= rows
     contexts, kept = [], []
     for start in range(0, rows, step):
@@ -180,8 +186,8 @@ def attention(
         weights = drop(weights.to(value.dtype), dropout)
         contexts.append(weights @ value[:, :, near])
         if keep:
-            kept.append(pad(weights, (0, keys - near.stop)))
-    return torch.cat(contexts, 2), torch.cat(kept, 2) if keep else None
+            kept.append(pad(weights, (0, keys - near.stop)) if near.stop < keys else weights)
+    return _joined(contexts), _joined(kept) if keep else None
 
 
 def _visible(
@@ -197,6 +203,10 @@ def _visible(
     if mask.dtype == torch.bool:
         return mask, None
     return mask > torch.finfo(mask.dtype).min / 2, mask
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def _cut(of_all: Tensor, part: slice, near: slice) -> Tensor:
@@ -297,7 +307,7 @@ class SoftplusAttention(ModelStep):
     retrain: bool = False
 
     def __post_init__(self) -> None:
-        assert self.form
+        _ = self.form  # checks its settings
         if isinstance(self.towers, str) or not self.towers or set(self.towers) - set(TOWERS):
             raise ValueError(f"towers={self.towers!r}: choose from {', '.join(TOWERS)}, as a tuple")
 
