@@ -100,7 +100,7 @@ def test_indexing_goes_on_where_exporting_cannot(cli, model, pictures, monkeypat
     assert json.loads(cli("index", pictures, "--model", model, "--no-export", "--json").stdout)["exported"] is None
     assert not (tmp_path / "cache" / "exported").exists()
 
-    def refuse(encoder, folder):
+    def refuse(encoder, folder, **_):
         raise ExportError("it has no form")
 
     monkeypatch.setattr(core_export, "export", refuse)
@@ -136,8 +136,43 @@ def test_export_gives_a_model_that_the_verbs_take(cli, model, pictures, tmp_path
         cli("embed", pictures, "--out", tmp_path / f"{name}-rows", "--model", source, "--dtype", "float32")
         rows.append(np.load(tmp_path / f"{name}-rows" / "img_emb" / "img_emb_0.npy"))
     np.testing.assert_allclose(rows[0], rows[1], atol=1e-5)
-    needs_torch = cli("highlight", "a cat", pictures / "cat" / "0.png", "--out", tmp_path / "map.png", "--model", out)
-    assert "exported model" in needs_torch.stderr
+
+
+def test_verbs_that_do_more_than_embed_take_an_export_too(cli, model, pictures, tmp_path):
+    out = tmp_path / "onnx"
+    cli("export", model, "--out", out)
+
+    def both(*words):
+        found = []
+        for name, source in (("torch", model), ("onnx", out)):
+            done = cli(*[str(word).replace("MODEL", str(source)).replace("NAME", name) for word in words], "--json")
+            assert done.exit_code == 0, done.stderr
+            found.append(json.loads(done.stdout))
+        return found
+
+    one = pictures / "cat" / "0.png"
+    by_torch, by_onnx = both("highlight", "a cat", one, "--out", tmp_path / "NAME.png", "--model", "MODEL")
+    assert by_onnx["strongest"]["value"] == pytest.approx(by_torch["strongest"]["value"], abs=1e-4)
+    named = both("classify", pictures, "--labels", "a cat, a dog", "--model", "MODEL")
+    for a, b in zip(*(found["pictures"] for found in named), strict=True):
+        assert a["probabilities"] == pytest.approx(b["probabilities"], abs=1e-3)
+    a, b = both("evaluate", "MODEL", pictures)
+    assert a.keys() == b.keys()
+    for key in a:
+        assert b[key]["value"] == pytest.approx(a[key]["value"], abs=1e-6), key
+    both("adapt", pictures, "--shots", 2, "--model", "MODEL", "--out", tmp_path / "NAME-predictor")
+    named = both("classify", pictures, "--predictor", tmp_path / "NAME-predictor", "--model", "MODEL")
+    assert [p["label"] for p in named[0]["pictures"]] == [p["label"] for p in named[1]["pictures"]]
+
+    table = tmp_path / "pairs.csv"
+    table.write_text("image,caption\n" + "".join(f"{path},a cat {i}\n" for i, path in enumerate([one] * 4)))
+    for words in (
+        ("export", out, "--out", tmp_path / "again"),
+        ("train", table, "--batch-size", 2, "--model", out, "--out", tmp_path / "trained"),
+    ):
+        refused = cli(*words)
+        assert refused.exit_code == 2
+        assert "no layers to train" in refused.stderr
 
 
 def test_signatures_are_those_of_the_model(tmp_path):

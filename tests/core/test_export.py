@@ -13,9 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from ecliptic.core.dense import text_heatmap
 from ecliptic.core.encoder import LoadError, load
 from ecliptic.core.export import CAPTIONS, TOLERANCE, export, samples
 from ecliptic.core.exported import EXPORT_CARD, ExportedModel, ExportError
+from ecliptic.core.exported_encoder import ExportedEncoder
 from ecliptic.core.inputs import TextTooLong, TruncationWarning
 from tests.towers import FAMILIES, SIZE, clip_encoder
 
@@ -38,8 +40,8 @@ def pair(request, tmp_path_factory):
     encoder.train()  # the export is of the evaluating model, and leaves the mode alone
     parity = export(encoder, folder)
     assert all(module.training for module in encoder.modules())
-    assert parity == type(parity)(parity.images, parity.texts, len(samples()), len(CAPTIONS))
-    assert 0 <= max(parity.images, parity.texts) < 1e-5 < TOLERANCE
+    assert (parity.pictures, parity.captions) == (len(samples()), len(CAPTIONS))
+    assert 0 <= max(parity.images, parity.texts, parity.patches) < 1e-5 < TOLERANCE
     return encoder.eval(), ExportedModel.open(folder)
 
 
@@ -126,14 +128,15 @@ def test_graphs_are_plain_onnx_with_their_weights_beside_them(pair):
     import onnx
 
     _, exported = pair
-    for name in ("image", "text"):
+    for name in ("image", "patches", "text"):
         path = exported.folder / f"{name}.onnx"
         onnx.checker.check_model(path)
         graph = onnx.load(path, load_external_data=False)
         assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 17)]
-        assert path.stat().st_size < (exported.folder / f"{name}.onnx.data").stat().st_size
+        weights = exported.folder / f"{name.replace('patches', 'image')}.onnx.data"
+        assert path.stat().st_size < weights.stat().st_size
     assert sorted(path.name for path in exported.folder.iterdir()) == [
-        "export.json", "image.onnx", "image.onnx.data", "preprocessor_config.json", "text.onnx", "text.onnx.data",
+        "export.json", "image.onnx", "image.onnx.data", "patches.onnx", "preprocessor_config.json", "text.onnx", "text.onnx.data",
         "tokenizer.json",
     ]  # fmt: skip
 
@@ -203,8 +206,11 @@ def test_folders_that_hold_no_export(pair, tmp_path):
     (tmp_path / "image.onnx").write_bytes(b"not a graph")
     with pytest.raises(ExportError, match=r"image\.onnx cannot be opened"):
         ExportedModel.open(tmp_path).encode_images(pictures(1))
-    with pytest.raises(LoadError, match=r"exported model.*ExportedModel\.open"):
-        load(exported.folder)
+    (tmp_path / EXPORT_CARD).write_text(json.dumps({**card, "format": 1}))
+    with pytest.raises(ExportError, match="older version"):
+        ExportedModel.open(tmp_path)
+    with pytest.raises(LoadError, match="older version"):
+        load(tmp_path)
 
 
 def test_without_onnx_the_extra_is_named(tmp_path, monkeypatch):
@@ -219,3 +225,99 @@ def test_without_onnxruntime_the_extra_is_named(pair, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"ecliptic\[search\]"):
         ExportedModel.open(pair[1].folder).encode_texts(["a cat"])
+
+
+# The same, as an encoder
+
+
+def test_a_loaded_export_is_an_encoder(pair):
+    encoder, exported = pair
+    twin = load(exported.folder)
+    assert isinstance(twin, ExportedEncoder)
+    assert (twin.id, twin.name, twin.dim, twin.image_size) == (
+        encoder.id,
+        encoder.name,
+        encoder.dim,
+        encoder.image_size,
+    )
+    torch.testing.assert_close(twin.encode_images(pictures()), encoder.encode_images(pictures()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(twin.encode_texts(TEXTS), encoder.encode_texts(TEXTS), atol=1e-5, rtol=0)
+    tokens, theirs = twin.tokenize(TEXTS), encoder.tokenize(TEXTS)
+    assert torch.equal(tokens.ids, theirs.ids)
+    assert torch.equal(tokens.mask, theirs.mask)
+    assert not list(twin.parameters())
+    with torch.no_grad():
+        pixels = encoder.preprocess(pictures())
+        ours, wanted = twin.images(pixels, patches=True), encoder.images(pixels, patches=True)
+        texts = encoder.texts(theirs).pooled
+        maps = text_heatmap(encoder, pixels, texts, background=texts[:2])
+        logits = encoder.logits(wanted.pooled, texts)
+    torch.testing.assert_close(ours.tokens, wanted.tokens, atol=1e-5, rtol=1e-4)
+    assert ours.grid == wanted.grid
+    torch.testing.assert_close(twin.images(pixels).pooled, wanted.pooled, atol=1e-5, rtol=0)
+    torch.testing.assert_close(twin.texts(tokens).pooled, texts, atol=1e-5, rtol=0)
+    torch.testing.assert_close(text_heatmap(twin, pixels, texts, background=texts[:2]), maps, atol=1e-4, rtol=0)
+    torch.testing.assert_close(twin.logits(wanted.pooled, texts), logits, atol=1e-4, rtol=1e-5)
+
+
+def test_what_an_exported_encoder_cannot_do_it_says(pair, tmp_path):
+    encoder, exported = pair
+    twin = load(exported.folder)
+    pixels = encoder.preprocess(pictures(1))
+    for call in (
+        lambda: twin.images(pixels, layers=[0]),
+        lambda: twin.images(pixels, normalize=False),
+        lambda: twin.texts(twin.tokenize(TEXTS), words=True),
+    ):
+        with pytest.raises(ExportError, match="was exported"):
+            call()
+    with pytest.raises(ExportError, match=rf"\(B, 3, {SIZE}, {SIZE}\)"):
+        twin.images(torch.zeros(1, 3, SIZE + 8, SIZE))
+    with pytest.raises(ExportError, match="no layers to train"):
+        _ = twin.anatomy
+    with pytest.raises(TextTooLong):
+        twin.texts(type(twin.tokenize(TEXTS))(torch.ones(1, 999).long(), torch.ones(1, 999).bool()))
+    twin.save_pretrained(tmp_path / "copy")
+    torch.testing.assert_close(load(tmp_path / "copy").encode_texts(TEXTS), twin.encode_texts(TEXTS), atol=0, rtol=0)
+    with pytest.raises(FileExistsError):
+        twin.save_pretrained(tmp_path / "copy")
+
+
+def test_patches_can_be_left_out(tmp_path):
+    encoder = clip_encoder()
+    assert export(encoder, tmp_path / "out", patches=False).patches is None
+    assert not (tmp_path / "out" / "patches.onnx").exists()
+    with pytest.raises(ExportError, match="without patches"):
+        load(tmp_path / "out").images(encoder.preprocess(pictures(1)), patches=True)
+
+
+# OpenVINO
+
+
+def test_openvino_answers_the_same(pair):
+    pytest.importorskip("openvino")
+    encoder, exported = pair
+    other = ExportedModel.open(exported.folder, runtime="openvino", threads=1)
+    np.testing.assert_allclose(other.encode_images(pictures(), 2), encoder.encode_images(pictures()).numpy(), atol=1e-5)
+    np.testing.assert_allclose(other.encode_texts(TEXTS, 2), encoder.encode_texts(TEXTS).numpy(), atol=1e-5)
+    pixels = exported.transform.pixels(pictures())
+    for ours, theirs in zip(other.encode_patches(pixels), exported.encode_patches(pixels)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_the_runtime_is_the_one_asked_for(pair, tmp_path, monkeypatch):
+    import shutil
+
+    folder = shutil.copytree(pair[1].folder, tmp_path / "made-for-openvino")
+    card = json.loads((folder / EXPORT_CARD).read_text())
+    (folder / EXPORT_CARD).write_text(json.dumps({**card, "runtime": "openvino"}))
+    assert ExportedModel.open(folder).runtime == "openvino"
+    assert ExportedModel.open(folder, runtime="onnxruntime").runtime == "onnxruntime"
+    with pytest.raises(ExportError, match="no runtime 'tvm'"):
+        ExportedModel.open(folder, runtime="tvm")
+    monkeypatch.setattr("ecliptic.core.exported.find_spec", lambda name: None)
+    with pytest.warns(RuntimeWarning, match=r"ecliptic\[openvino\]"):
+        assert ExportedModel.open(folder).runtime == "onnxruntime"
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ImportError, match=r"ecliptic\[openvino\]"):
+        ExportedModel.open(folder, runtime="openvino").encode_texts(["a cat"])

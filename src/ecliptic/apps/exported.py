@@ -48,5 +48,5 @@ def keep_twin(encoder: HFEncoder) -> Path | None:
     if twin(identity) is None:
         from ecliptic.core.export import export
 
-        export(encoder, place(identity))
+        export(encoder, place(identity), patches=False)
     return place(identity)

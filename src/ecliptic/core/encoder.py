@@ -263,7 +263,7 @@ class HFEncoder(Encoder):
         with outputs_of(tower.blocks, layers) as kept, self._last_block(tower, pooled_token):
             out = tower.module(pixel_values=pixels.to(self.device), **options)
         pooled = out.pooler_output if tower.projection is None else tower.projection(out.pooler_output)
-        tokens = self._patch_tokens(out.last_hidden_state) if patches else None
+        tokens = self.patch_tokens(out.last_hidden_state) if patches else None
         return Features(
             pooled=unit(pooled, dim=-1) if normalize else pooled,
             tokens=tokens,
@@ -271,7 +271,7 @@ class HFEncoder(Encoder):
             grid=(height // tower.patch, width // tower.patch) if patches or layers else None,
         )
 
-    def _patch_tokens(self, hidden: Tensor) -> Tensor:
+    def patch_tokens(self, hidden: Tensor) -> Tensor:
         """Last hidden states (B, prefix + N, W) -> patches in the joint space (B, N, D)."""
         tower = self.anatomy.image
         hidden = hidden[:, tower.prefix :]
@@ -409,6 +409,8 @@ def load(source: str | Path, *, activation: str | None = None, tokenizer: Any = 
     .safetensors); else a name on the Hugging Face hub. activation: "quick_gelu" or "gelu", for weight files that do not
     say which they were trained with (OpenAI's are known); contradicting what a config says is an error. tokenizer: a
     transformers tokenizer, for weight files that come without one. Raises LoadError.
+
+    A folder that `export` or `compress` wrote gives an `ExportedEncoder`: the same answers, and nothing inside to train.
     """
     if isinstance(source, str) and source in BUILT_IN:
         from importlib import import_module
@@ -417,6 +419,15 @@ def load(source: str | Path, *, activation: str | None = None, tokenizer: Any = 
         built: HFEncoder = module.load()
         return built
     path = Path(source)
+    if (path / EXPORT_CARD).is_file():
+        from ecliptic.core.exported import ExportedModel, ExportError
+        from ecliptic.core.exported_encoder import ExportedEncoder
+
+        try:
+            exported: Any = ExportedEncoder(ExportedModel.open(path))
+        except ExportError as error:
+            raise LoadError(str(error)) from error
+        return exported
     if path.is_dir():
         if (path / "open_clip_config.json").exists() and not _is_hf_folder(path):
             from ecliptic.core.convert import load_open_clip_folder
@@ -439,11 +450,6 @@ def _is_hf_folder(path: Path) -> bool:
 
 
 def _load_folder(path: Path, activation: str | None, tokenizer: Any) -> HFEncoder:
-    if (path / EXPORT_CARD).exists():
-        raise LoadError(
-            f"{path} holds an exported model, which runs without torch: open it with ecliptic.core.exported.ExportedModel.open, "
-            "or name it as --model of `ecliptic index`, `search` or `embed`"
-        )
     if not (path / "config.json").exists():
         raise LoadError(f"{path}: no config.json in it, so this is not a saved model")
     return _from_pretrained(str(path), activation, tokenizer, local=True)

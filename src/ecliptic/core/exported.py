@@ -1,16 +1,20 @@
-"""An exported model, run by ONNX Runtime: the same pictures and captions in, the same rows out, and no torch.
+"""An exported model, run by ONNX Runtime or OpenVINO: the same pictures and captions in, the same rows out, and no torch.
 
 `ecliptic.core.export.export` writes the folder. What it holds: image.onnx and text.onnx, each with its weights in a file beside
-it that is mapped into memory rather than read; tokenizer.json; preprocessor_config.json; export.json, the card.
+it that is mapped into memory rather than read; patches.onnx, the image tower with its patches as a second output, over the same
+weights; tokenizer.json; preprocessor_config.json; export.json, the card.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -28,8 +32,9 @@ from ecliptic.core.inputs import (
 )
 from ecliptic.core.preprocess import ImagePreprocess
 
-EXPORT_CARD = "export.json"
-FORMAT = 1
+EXPORT_CARD, PATCHES = "export.json", "patches.onnx"
+FORMAT = 2  # 1 did not know the size of its pictures
+RUNTIMES = ("onnxruntime", "openvino")
 
 
 class ExportError(ValueError):
@@ -37,12 +42,21 @@ class ExportError(ValueError):
 
 
 class ExportedModel:
-    """An exported encoder. Open one with `ExportedModel.open`; each tower is loaded when it is first used.
+    """An exported encoder, without torch. Open one with `ExportedModel.open`; each tower is loaded when it is first used.
 
-    id, name, dim, scale, bias, max_tokens, transform, history: those of the encoder that was exported.
+    id, name, dim, scale, bias, max_tokens, transform, history: those of the encoder that was exported. size: (height, width) of
+    its pictures. patch: side of a patch in pixels, or None where patches were left out. runtime: what runs it.
     """
 
-    def __init__(self, folder: Path, card: dict[str, Any], transform: ImagePreprocess, quick: bool, threads: int):
+    def __init__(
+        self,
+        folder: Path,
+        card: dict[str, Any],
+        transform: ImagePreprocess,
+        quick: bool,
+        threads: int,
+        runtime: str = RUNTIMES[0],
+    ):
         self.folder = folder
         self.transform = transform
         self.id: str = card["id"]
@@ -52,16 +66,22 @@ class ExportedModel:
         self.bias: float | None = card["bias"]
         self.max_tokens: int = card["text"]["tokens"]
         self.history: tuple[dict[str, Any], ...] = tuple(card["steps"])
+        self.size: tuple[int, int] = tuple(card["image"]["size"])
+        self.patch: int | None = card["image"]["patch"]
+        self.runtime = runtime
         self._text_card: dict[str, Any] = card["text"]
         self._quick, self._threads = quick, threads
 
     @classmethod
-    def open(cls, folder: str | Path, *, quick: bool = False, threads: int | None = None) -> ExportedModel:
-        """Open what `export` wrote; raises ExportError.
+    def open(
+        cls, folder: str | Path, *, quick: bool = False, threads: int | None = None, runtime: str | None = None
+    ) -> ExportedModel:
+        """Open what `export` or `compress` wrote; raises ExportError.
 
         quick: ready in a tenth of a second, for a handful of queries: graphs are hardly optimised and weights stay as they
         lie in the mapped file; many pictures then take longer. threads: of each tower (default: OMP_NUM_THREADS, else all
-        cores).
+        cores). runtime: "onnxruntime" or "openvino"; both read the same files. Default: what the folder was made for, or
+        ONNX Runtime, with a warning, where that is not installed.
         """
         folder = Path(folder)
         if not (folder / EXPORT_CARD).is_file():
@@ -73,10 +93,12 @@ class ExportedModel:
             raise ExportError(f"{folder} is damaged ({error}): export the model again") from error
         if card["format"] > FORMAT:
             raise ExportError(f"{folder} was written by a newer version (format {card['format']})")
+        if card["format"] < FORMAT:
+            raise ExportError(f"{folder} was written by an older version: export the model again")
         if threads is None:
             told = os.environ.get("OMP_NUM_THREADS", "")
             threads = int(told) if told.isdigit() else 0
-        return cls(folder, card, ImagePreprocess.from_processor(config), quick, threads)
+        return cls(folder, card, ImagePreprocess.from_processor(config), quick, threads, _runtime(runtime, card))
 
     def logits(self, image: np.ndarray, text: np.ndarray) -> np.ndarray:
         """Unit rows (B, D) and (K, D) -> (B, K): scale * cosine + bias."""
@@ -112,13 +134,23 @@ class ExportedModel:
         rows: np.ndarray = self._image.run(None, {"pixels": pixels})[0]
         return rows
 
+    def encode_patches(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(B, 3, H, W) -> (B, D) unit rows, and (B, N, D) patches in the joint space, row by row, not of unit length.
+
+        Raises ExportError where the model was exported without them.
+        """
+        if self.patch is None:
+            raise ExportError(f"{self.folder} was exported without patches: export the model again with them")
+        rows, patches = self._patches.run(["rows", "patches"], {"pixels": pixels})
+        return rows, patches
+
     def encode_texts(self, texts: Sequence[str], batch_size: int = 128, overflow: Overflow = "truncate") -> np.ndarray:
         """Captions -> (N, D) float32 unit rows in the order given; `overflow` as for `HFEncoder.encode_texts`."""
         ids = self.token_ids(texts, overflow)
         if overflow == "windows":
             parts, owner = windows(ids, self.max_tokens, self._special)
-            return average_windows(encode_ids(parts, batch_size, self.dim, self._run_text), owner, len(texts))
-        return encode_ids(ids, batch_size, self.dim, self._run_text)
+            return average_windows(encode_ids(parts, batch_size, self.dim, self.encode_ids), owner, len(texts))
+        return encode_ids(ids, batch_size, self.dim, self.encode_ids)
 
     def token_ids(self, texts: Sequence[str], overflow: Overflow = "truncate") -> Ids:
         """Captions -> token ids, special ones included, cut to `max_tokens` unless `overflow` is "windows"."""
@@ -127,8 +159,14 @@ class ExportedModel:
         ids = [entry.ids for entry in self._words.encode_batch(list(texts))]
         return ids if overflow == "windows" else within_limit(ids, self.max_tokens, self._special, overflow, self.name)
 
-    def _run_text(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        ids, mask = pad(rows, self._text_card["pad"], self._text_card["fill"])
+    @property
+    def padding(self) -> tuple[int, int]:
+        """The token that fills captions up, and the length that they are filled up to; 0 for the longest of a batch."""
+        return self._text_card["pad"], self._text_card["fill"]
+
+    def encode_ids(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """B captions as token ids -> (B, D) float32 unit rows, in one batch."""
+        ids, mask = pad(rows, *self.padding)
         given = {"ids": ids, "mask": mask.astype(np.int64)} if self._text_card["mask"] else {"ids": ids}
         found: np.ndarray = self._text.run(None, given)[0]
         return found
@@ -153,27 +191,75 @@ class ExportedModel:
         return self._session("image.onnx")
 
     @cached_property
+    def _patches(self) -> Any:
+        return self._session(PATCHES)
+
+    @cached_property
     def _text(self) -> Any:
         return self._session("text.onnx")
 
     def _session(self, name: str) -> Any:
-        ort: Any = _onnxruntime()
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # errors; warnings are about graphs that only we could change
-        options.intra_op_num_threads = self._threads
-        if self._quick:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-            options.add_session_config_entry("session.disable_prepacking", "1")
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        open_graph = _open_vino if self.runtime == "openvino" else _onnx_session
         try:
-            return ort.InferenceSession(str(self.folder / name), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's own exceptions share no base class
+            return open_graph(self.folder / name, self._threads, self._quick)
+        except ImportError:
+            raise
+        except Exception as error:  # the exceptions of neither runtime share a base class
             raise ExportError(f"{self.folder / name} cannot be opened ({error}): export the model again") from error
 
 
-def _onnxruntime() -> Any:
+def _runtime(asked: str | None, card: dict[str, Any]) -> str:
+    if asked is not None and asked not in RUNTIMES:
+        raise ExportError(f"no runtime {asked!r}: choose {' or '.join(RUNTIMES)}")
+    chosen: str = asked or card.get("runtime") or RUNTIMES[0]
+    if asked is None and chosen == "openvino" and find_spec("openvino") is None:
+        warnings.warn(
+            'made for OpenVINO, which is not installed (pip install "ecliptic[openvino]"): ONNX Runtime runs it, '
+            "more slowly",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return RUNTIMES[0]
+    return chosen
+
+
+def _onnx_session(path: Path, threads: int, quick: bool) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
         raise ImportError('exported models run on onnxruntime: pip install "ecliptic[search]"') from error
-    return onnxruntime
+    ort: Any = onnxruntime
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors; warnings are about graphs that only we could change
+    options.intra_op_num_threads = threads
+    if quick:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+class _OpenVino:
+    """A graph in OpenVINO, asked as ONNX Runtime's sessions are."""
+
+    def __init__(self, compiled: Any):
+        self._request = compiled.create_infer_request()  # one at a time: a request holds its own memory
+        self._lock = Lock()
+
+    def run(self, outputs: Sequence[str] | None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        with self._lock:
+            found = self._request.infer(feeds)
+            return [np.array(found[name]) for name in outputs or range(len(found))]
+
+
+def _open_vino(path: Path, threads: int, quick: bool) -> _OpenVino:
+    try:
+        import openvino
+    except ImportError as error:
+        raise ImportError('this runtime needs openvino: pip install "ecliptic[openvino]"') from error
+    options: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",  # what is not in int8 stays float32: answers must not depend on the CPU
+        **({"INFERENCE_NUM_THREADS": threads} if threads else {}),
+    }
+    return _OpenVino(openvino.Core().compile_model(str(path), "CPU", options))

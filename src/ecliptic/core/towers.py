@@ -267,7 +267,9 @@ def resample(maps: Tensor, grid: tuple[int, int], side: int, stride: int) -> Ten
         for n, size in zip(grid, maps.shape[-2:])
     ]
     rows, columns = torch.meshgrid(x[0], x[1], indexing="ij")
-    places = torch.stack([columns, rows], -1).to(maps.dtype).expand(len(maps), -1, -1, -1)
+    places = (
+        torch.stack([columns, rows], -1).to(maps.dtype).expand(maps.shape[0], -1, -1, -1)
+    )  # not len(): a tracer would freeze it
     return F.grid_sample(maps, places, mode="bilinear", padding_mode="border", align_corners=False)
 
 
