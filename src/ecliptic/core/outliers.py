@@ -90,8 +90,9 @@ def outlier_metrics(
 ) -> Outliers:
     """Run the model, in evaluation mode, over batches as `run` takes them, and measure.
 
-    modules: names of those whose outputs are watched. None takes the paper's: for post-norm blocks (BERT) output of the FFN, and
-    input and output of the norm after it; else output of block, FFN, attention projection and both norms, and the last norm's.
+    modules: names of those whose outputs are watched, or, with ".input" after the name, their inputs. None takes the paper's:
+    for post-norm blocks (BERT) output of the FFN, input and output of the norm after it; else output of block, FFN, attention
+    projection and both norms, and the last norm's.
     A sample is what shares the first index of the batch, padding included: give batches without.
     ValueError without batches, or where none of the modules is reached.
     """
@@ -175,14 +176,17 @@ _LAST_NORMS = ("post_layernorm", "layernorm", "final_layer_norm")
 
 @contextmanager
 def _watching(model: nn.Module, modules: Iterable[str] | None, averages: dict[str, _Mean]) -> Iterator[None]:
-    chosen = watched(model) if modules is None else {name: model.get_submodule(name) for name in modules}
+    if modules is None:
+        chosen = watched(model)
+    else:
+        chosen = {name: model.get_submodule(name.removesuffix(_INPUT)) for name in modules}
     size = _BatchSize()
 
     def measure(name: str) -> Callable[[Tensor], None]:
         def see(x: Tensor) -> None:
-            x = x.reshape(size.now, -1) if len(x) != size.now and len(x) % size.now == 0 else x  # OPT joins (B, T)
+            x = x.reshape(size.now, -1) if x.ndim == 2 else x  # OPT's feed-forward layers get (B T, width)
             figures = {"inf_norm": inf_norm(x).sum()}
-            if not name.endswith(_INPUT):
+            if modules is not None or not name.endswith(_INPUT):
                 figures["kurtosis"] = kurtosis(x).sum()
             averages.setdefault(name, _Mean()).add(len(x), **figures)
 
