@@ -210,8 +210,10 @@ class PerceptionClip(Predictor):
             _check_temperature(value)
             rows = [self._logs(some, value)[0] for some in self._chunks(features)]
             hits = (torch.cat(rows).argmax(-1) == labels.cpu()).double()
-            worst = attribute is not None and group_accuracy(hits.numpy(), attribute, labels.tolist()).worst
-            accuracy[float(value)] = float(hits.mean()) if attribute is None else float(worst)
+            if attribute is None:
+                accuracy[float(value)] = float(hits.mean())
+            else:
+                accuracy[float(value)] = group_accuracy(hits.numpy(), attribute, labels.tolist()).worst
         return Temperature(max(accuracy, key=lambda value: accuracy[value]), accuracy)
 
     def _features(self, pixels: Tensor) -> Tensor:
