@@ -9,6 +9,7 @@ each turn: quality on held-out data in float, largest magnitude, kurtosis. At th
 static, one scale a tensor) with three calibration sets, and which heads are idle. The learning rate is constant after warm-up.
 
     python -m benchmarks.outliers --minutes 60 --work runs/outliers    # goes on where the last one stopped
+    python -m benchmarks.outliers --report    # writes the figures into docs/attention.md, and docs/outliers.svg
 """
 
 from __future__ import annotations
@@ -282,12 +283,86 @@ def final(task: Task, model: nn.Module) -> dict[str, Any]:
     return told
 
 
+# Reporting
+
+DOCS = Path(__file__).parents[1] / "docs"
+MARKS = ("<!-- outliers: written by python -m benchmarks.outliers --report -->", "<!-- end of outliers -->")
+SHADES = {"vanilla": "#c0392b", "clipped": "#1464b4", "gated": "#2e8b57"}
+
+
+def report() -> None:
+    """Write the tables into their place in docs/attention.md, and the figure."""
+    content = json.loads((RESULTS / "outliers.json").read_text(encoding="utf-8"))
+    page = DOCS / "attention.md"
+    page.write_text(with_tables(page.read_text(encoding="utf-8"), content), encoding="utf-8")
+    (DOCS / "outliers.svg").write_text(curves(content["found"]), encoding="utf-8")
+
+
+def with_tables(page: str, content: Mapping[str, Any]) -> str:
+    """The page with what is between the marks replaced by these figures."""
+    before, _, rest = page.partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    return f"{before}{MARKS[0]}\n{tables(content)}\n{MARKS[1]}{after}"
+
+
+def tables(content: Mapping[str, Any]) -> str:
+    lines = []
+    for task, (name, form) in {"text": ("perplexity", "{:.2f}"), "vision": ("accuracy", "{:.3f}")}.items():
+        lines += [
+            "",
+            f"{task.capitalize()}, {content['settings']['steps']:,} steps:",
+            "",
+            f"| attention | {name} | at W8A8 | max inf-norm | avg kurtosis | max kurtosis | rows without attention |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for arm in ARMS[task]:
+            found = content["found"][f"{task}-{arm}"]
+            rounded = [one[name] for one in found["w8a8"]]
+            cells = [form.format(found["float"][name]), form.format(statistics.fmean(rounded))]
+            cells += [f"{found[key]:.1f}" for key in ("inf_norm", "kurtosis", "max_kurtosis")]
+            lines.append(f"| {arm} | " + " | ".join(cells) + f" | {found['zero_rows']:.0%} |")
+    lines += [
+        "",
+        "W8A8 is the mean of three calibrations of 16 batches. `benchmarks/results/outliers.json` has the course of all.",
+    ]
+    return "\n".join(lines)
+
+
+def curves(found: Mapping[str, Any]) -> str:
+    """Largest magnitude over the steps of training, one panel for each model, as an SVG."""
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 620 250" font-family="sans-serif" font-size="10">',
+        '<rect width="620" height="250" fill="white"/>',
+    ]
+    for panel, task in enumerate(ARMS):
+        left = 40 + 300 * panel
+        trends = {arm: found[f"{task}-{arm}"]["trend"] for arm in ARMS[task]}
+        steps = max(point["step"] for trend in trends.values() for point in trend)
+        top = 10 * math.ceil(max(point["inf_norm"] for trend in trends.values() for point in trend) / 10)
+        parts.append(f'<path d="M{left} 30V200H{left + 250}" fill="none" stroke="#888"/>')
+        parts.append(f'<text x="{left}" y="20">{task}: largest magnitude against steps</text>')
+        for at in (0.0, 0.5, 1.0):
+            parts.append(f'<text x="{left - 5}" y="{203 - 170 * at:.0f}" text-anchor="end">{top * at:g}</text>')
+            parts.append(f'<text x="{left + 250 * at:.0f}" y="214" text-anchor="middle">{steps * at:.0f}</text>')
+        for row, (arm, trend) in enumerate(trends.items()):
+            line = " ".join(
+                f"{left + 250 * p['step'] / steps:.1f},{200 - 170 * p['inf_norm'] / top:.1f}" for p in trend
+            )
+            parts.append(f'<polyline points="{line}" fill="none" stroke="{SHADES[arm]}" stroke-width="1.5"/>')
+            parts.append(f'<text x="{left + 70 * row}" y="235" fill="{SHADES[arm]}">{arm}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after the round in which this is reached")
     parser.add_argument("--work", type=Path, default=Path("runs/outliers"), help="folder for checkpoints")
     parser.add_argument("--tasks", default="text,vision")
+    parser.add_argument("--report", action="store_true", help="train nothing, write what was found into the docs")
     options = parser.parse_args()
+    if options.report:
+        report()
+        return 0
     torch.set_num_threads(1)
     began, cpu = time.monotonic(), time.process_time()
     tasks = {name: TASKS[name]() for name in options.tasks.split(",")}
