@@ -110,7 +110,7 @@ CLAIM = Claim(
         ),
     ),
     note="Random letters fail as a control: whatever follows the comma undoes part of the shortcut, because the text tower has "
-    "seen nothing there but the two backgrounds. On another seed letters gained 0.10 to 0.17 in the worst group, every draw alike; "
+    "seen nothing there but the two backgrounds. On another seed letters gained 0.10 to 0.17 in the worst group, in each draw; "
     "with a colour after the comma in a quarter of the captions they gained 0.02 to 0.14, but then the true background was only "
     "0.05 better than the wrong one. So here a part of the gain, less than half, is owed to saying anything at all. The model "
     "that never read of a background takes no shortcut, so that its control passes without having been put to the test.",
