@@ -349,3 +349,10 @@ def test_pictures_are_no_words(cli, scenery):
     assert value["hits"][0]["relevance"] is None
     assert "%" not in cli("search", "--image", picture, "--index", scenery).stdout
     assert "in words alone" in cli("search", "--image", picture, "--index", scenery, "--relevant").stderr
+
+
+def test_a_model_to_which_all_texts_are_alike_gets_an_answer():
+    """With the query's own caption left out there would be none to compare with."""
+    rows = unit(np.ones((60, DIM)) + 1e-4 * np.random.default_rng(0).normal(size=(60, DIM)))
+    found = Relevance.fit(rows[:59], rows[:5]).score(rows[59], rows[:5])
+    assert np.isfinite(found).all()

@@ -93,6 +93,8 @@ class Relevance:
         (asked,) = _rows(np.reshape(np.asarray(query), (1, -1)), "query")
         found = _rows(hits, "hits")
         others = self.background[self.background @ asked < SAME]
+        if len(others) < FEWEST:  # a model to which all texts are alike
+            others = self.background
         score = found @ asked - 0.5 * _crowding(others @ found.T)
         return np.asarray((score.astype(np.float64) - self.level) / self.unit)
 
