@@ -92,6 +92,7 @@ def test_every_verb_has_help_and_json(cli):
             "embed",
             "evaluate",
             "export",
+            "find",
             "highlight",
             "index",
             "methods",

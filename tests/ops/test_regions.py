@@ -132,6 +132,11 @@ def test_windows_of_every_shape_by_hand():
     assert_close(windows(100, 50, scales=(1.0,), aspects=(9.0,), step=0.5)[0, 2], tensor(100.0))  # no wider than it
 
 
+def test_windows_of_a_strip_are_not_many():
+    strip = windows(128, 1, scales=(1.0, 0.5), aspects=(1.0, 2.0), step=0.5, least=4)
+    assert_close(strip, tensor([[2.0 * i, 0, 2 * i + 4, 1] for i in range(63)]))
+
+
 @pytest.mark.parametrize(
     "wrong", [{"width": 0}, {"height": math.inf}, {"scales": (0.0,)}, {"aspects": (-1.0,)}, {"step": 0}]
 )

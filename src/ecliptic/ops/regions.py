@@ -15,13 +15,20 @@ from torch.nn.functional import pad
 
 
 def windows(
-    width: float, height: float, *, scales: Sequence[float], aspects: Sequence[float] = (1.0,), step: float = 0.33
+    width: float,
+    height: float,
+    *,
+    scales: Sequence[float],
+    aspects: Sequence[float] = (1.0,),
+    step: float = 0.33,
+    least: float = 0.0,
 ) -> Tensor:
     """Windows of several sizes and shapes, evenly spread over width x height -> (N, 4) float32, none of them twice.
 
     scales: sides as shares of the picture's shorter side; aspects: width / height, the area kept; a side that would be longer
     than the picture's is cut to it. step: distance of neighbours as a share of their side, at most; the outer ones touch the
-    picture's borders. Scale by scale, then aspect by aspect, then from left to right and down.
+    picture's borders. least: no side is shorter than this, unless the picture is. Scale by scale, then aspect by aspect,
+    then from left to right and down.
     """
     if not (math.isfinite(width) and math.isfinite(height) and width > 0 and height > 0):
         raise ValueError(f"a picture of {width} x {height} has no windows")
@@ -31,7 +38,7 @@ def windows(
     for scale in scales:
         for aspect in aspects:
             side = scale * min(width, height)
-            wide, tall = min(width, side * math.sqrt(aspect)), min(height, side / math.sqrt(aspect))
+            wide, tall = min(width, max(least, side * aspect**0.5)), min(height, max(least, side / aspect**0.5))
             for x in _starts(width - wide, wide * step):
                 for y in _starts(height - tall, tall * step):
                     found[x, y, x + wide, y + tall] = None
@@ -55,10 +62,10 @@ def connected_components(mask: Tensor) -> Tensor:
     cells = torch.arange(none, device=mask.device).view(rows, columns)
     label = torch.where(flat, cells, none)
     while True:
-        round_about = pad(label, (1, 1, 1, 1), value=none)
-        lowest = torch.stack(
-            [label, *(round_about[:, y : y + rows, x : x + columns] for y, x in ((0, 1), (2, 1), (1, 0), (1, 2)))]
-        ).amin(0)
+        around = pad(label, (1, 1, 1, 1), value=none)
+        lowest = label
+        for y, x in ((0, 1), (2, 1), (1, 0), (1, 2)):
+            lowest = torch.minimum(lowest, around[:, y : y + rows, x : x + columns])
         lowest = torch.where(flat, lowest, none).flatten(1)
         chained = pad(lowest, (0, 1), value=none)  # the label of "outside" is itself
         lowest = chained.gather(1, lowest).view_as(label)
