@@ -131,7 +131,7 @@ class ExportedModel:
 
     def encode_pixels(self, pixels: np.ndarray) -> np.ndarray:
         """(B, 3, H, W) float32, as the transform gives it -> (B, D) float32 unit rows."""
-        rows: np.ndarray = self._image.run(None, {"pixels": pixels})[0]
+        rows: np.ndarray = self._image.run(["rows"], {"pixels": pixels})[0]
         return rows
 
     def encode_patches(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -166,10 +166,13 @@ class ExportedModel:
 
     def encode_ids(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """B captions as token ids -> (B, D) float32 unit rows, in one batch."""
-        ids, mask = pad(rows, *self.padding)
-        given = {"ids": ids, "mask": mask.astype(np.int64)} if self._text_card["mask"] else {"ids": ids}
-        found: np.ndarray = self._text.run(None, given)[0]
+        found: np.ndarray = self._text.run(["rows"], self.text_feeds(rows))[0]
         return found
+
+    def text_feeds(self, rows: Sequence[Sequence[int]]) -> dict[str, np.ndarray]:
+        """Captions as token ids -> the inputs of text.onnx."""
+        ids, mask = pad(rows, *self.padding)
+        return {"ids": ids, "mask": mask.astype(np.int64)} if self._text_card["mask"] else {"ids": ids}
 
     # What is loaded when it is first used
 
