@@ -68,6 +68,25 @@ def test_the_papers_pseudo_code_as_loops(method, n):
         assert_close(kept.scores, tensor([s for _, s in expected], dtype=torch.float64), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_large_groups_in_order_of_left_edges(method, offset, monkeypatch):
+    """What only looks at boxes within reach finds the same: far and near, on whole numbers, with equal and very low scores."""
+    for seed in range(6):
+        boxes, scores = crowd(120, seed, spread=(20.0, 300.0)[seed % 2])
+        if seed > 2:
+            boxes, scores = boxes.round(), (10 * scores).floor() / 10
+        scores[::7] *= 0.001
+        boxes[-1] += 1e4  # beside nothing
+        scores[-1] = 0.0005
+        whole = soft_nms(boxes, scores, method=method, box_offset=offset)
+        with monkeypatch.context() as patch:
+            patch.setattr("ecliptic.methods.detect.soft_nms._Boxes.LARGE", 1)
+            found = soft_nms(boxes, scores, method=method, box_offset=offset)
+        assert torch.equal(found.keep, whole.keep)
+        assert_close(found.scores, whole.scores, rtol=1e-12, atol=0)
+
+
 def test_three_boxes_by_hand():
     overlap = tensor([[1.0, 0.5, 0.4], [0.5, 1.0, 0.6], [0.4, 0.6, 1.0]])
     kept = soft_nms_mask(overlap, tensor([0.9, 0.8, 0.7]), method="linear", iou_threshold=0.3)
@@ -171,6 +190,39 @@ def test_a_threshold_of_zero_only_adds_to_the_tail():
         cut, whole = (soft_nms(boxes, scores, method=method, score_threshold=t) for t in (0.05, 0.0))
         assert torch.equal(whole.keep[: len(cut.keep)], cut.keep)
         assert bool((whole.scores[len(cut.keep) :] < 0.05).all())
+
+
+@pytest.mark.parametrize("n", [31, 32, 33, 64, 65])
+def test_all_are_done_with_at_any_step(n):
+    """Boxes that are put aside every 32 steps may just have been the last ones."""
+    boxes = tensor([[0.0, 0, 9, 9]]).repeat(n, 1) + 100 * torch.arange(float(n))[:, None]
+    scores = torch.linspace(1, 0.5, n)
+    for kept in (soft_nms(boxes, scores), soft_nms_mask(torch.eye(n), scores)):
+        assert kept.keep.tolist() == list(range(n))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_boxes_that_only_touch_and_boxes_in_one_place(method, offset):
+    """A grid of whole numbers: many shared edges, many equal overlaps, many equal scores; only the first of equals may win."""
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.randint(0, 12, (150, 2), generator=generator).double()
+    boxes = torch.cat([corner, corner + torch.randint(0, 5, (150, 2), generator=generator)], 1)
+    scores = torch.randint(1, 6, (150,), generator=generator).double() / 5
+    kept = soft_nms(boxes, scores, method=method, box_offset=offset)
+    grown = boxes + tensor([0.0, 0, 1, 1]) * offset
+    expected = paper(grown.tolist(), scores.tolist(), method)
+    assert_close(kept.scores, tensor([s for _, s in expected], dtype=torch.float64), rtol=1e-12, atol=0)
+    if method != "gaussian":  # exp rounds differently in math and in torch, and so decides some ties otherwise
+        assert kept.keep.tolist() == [i for i, _ in expected]
+
+
+def test_half_precision_is_computed_in_float32():
+    boxes, scores = (x.bfloat16() for x in crowd(60, 8))
+    kept, wide = soft_nms(boxes, scores), soft_nms(boxes.float(), scores.float())
+    assert kept.scores.dtype == torch.bfloat16
+    assert torch.equal(kept.keep, wide.keep)
+    assert torch.equal(kept.scores, wide.scores.bfloat16())
 
 
 def test_equal_scores_go_to_the_first():

@@ -13,13 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ecliptic.core.method import Paper, method
-from ecliptic.ops.boxes import box_iou, check_boxes
+from ecliptic.ops.boxes import check_boxes
 
 Decay = Literal["gaussian", "linear", "hard"]
+_Decay = Callable[[np.ndarray, np.ndarray], None]
 
 
 class Kept(NamedTuple):
@@ -66,17 +68,13 @@ def soft_nms(
     scores = _checked(scores, len(boxes))
     if box_offset and len(boxes) and float(boxes.max()) <= 1:
         raise ValueError("box_offset is in pixels, and these boxes lie in [0, 1]: leave it at 0")
+    sides, values = _arrays(boxes, scores)
     parts = []
-    for rows in _groups(len(boxes), classes, images, boxes.device):
-        found, values = _select(
-            scores[rows].where(rows >= 0, -torch.inf),
-            boxes[rows.clamp(min=0)],
-            lambda picked, others: box_iou(picked[:, None], others, box_offset)[:, 0],
-            decay,
-            score_threshold,
+    for rows in _groups(len(boxes), classes, images):
+        group, place, value = _select(
+            np.where(rows >= 0, values[rows], -np.inf), _Boxes(sides[rows], box_offset), decay, score_threshold
         )
-        group, place = (found >= 0).nonzero(as_tuple=True)
-        parts.append((rows[group, found[group, place]], values[group, place]))
+        parts.append((rows[group, place], value))
     return _ranked(parts, scores, max_out)
 
 
@@ -100,13 +98,9 @@ def soft_nms_mask(
         raise ValueError("overlap must lie in [0, 1]")
     decay = _decay(method, iou_threshold, sigma, score_threshold)
     scores = _checked(scores, len(overlap))
-    if not len(scores):
-        return _ranked([], scores, max_out)
-    numbers = torch.arange(len(scores), device=scores.device)[None, :, None]
-    found, values = _select(
-        scores[None], numbers, lambda picked, others: overlap[picked, others[..., 0]], decay, score_threshold
-    )
-    return _ranked([(found[0][found[0] >= 0], values[0][found[0] >= 0])], scores, max_out)
+    shared, values = _arrays(overlap, scores)
+    _, place, value = _select(values[None], _Given(shared), decay, score_threshold)
+    return _ranked([(place, value)], scores, max_out)
 
 
 def tiny() -> dict[str, Any]:
@@ -115,67 +109,171 @@ def tiny() -> dict[str, Any]:
     return {"boxes": boxes, "scores": torch.tensor([0.9, 0.8, 0.7])}
 
 
-def _select(
-    scores: Tensor,
-    items: Tensor,
-    overlap: Callable[[Tensor, Tensor], Tensor],
-    decay: Callable[[Tensor], Tensor],
-    score_threshold: float,
-) -> tuple[Tensor, Tensor]:
-    """G groups side by side: scores (G, n), -inf where there is none; items (G, n, d); overlap of (G, d) with (G, n, d).
+class _Boxes:
+    """Groups of boxes (G, n, 4), with the overlap of one box of each group with the others of its group.
 
-    Returns positions (G, steps), -1 once a group has run out, and the scores at selection.
+    A large group alone is sorted by left edges: then only a stretch of it can touch a given box.
     """
-    current, place = scores.clone(), torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
-    group = torch.arange(len(scores), device=scores.device)
-    found, values = [], []
-    while current.numel():
-        best, at = current.max(1)
-        going = best > -torch.inf
-        left = int(going.sum())
-        if not left:
-            break
-        here = torch.full((len(scores),), -1, device=scores.device)
-        score = torch.full((len(scores),), -torch.inf, dtype=scores.dtype, device=scores.device)
-        here[group[going]], score[group[going]] = place.gather(1, at[:, None])[going, 0], best[going]
-        found.append(here)
-        values.append(score)
 
-        rows = torch.arange(len(current), device=scores.device)
-        factor = decay(overlap(items[rows, at], items))
-        current[rows, at] = -torch.inf
-        alive = current > -torch.inf
-        current = torch.where(alive, current * factor, current)
-        current.masked_fill_(alive & ((current < score_threshold) | (factor < 0)), -torch.inf)
+    LARGE = 2048  # ours: below it, finding the stretch takes longer than going over all
 
-        if len(found) % 32 == 0:  # now and then, put aside what is done with
-            alive = current > -torch.inf
-            rows, most = alive.any(1).nonzero()[:, 0], int(alive.sum(1).max())
-            if 2 * len(rows) * most <= current.numel():
-                kept = torch.sort((~alive[rows]).byte(), dim=1, stable=True).indices[:, :most]
-                current, place = current[rows].gather(1, kept), place[rows].gather(1, kept)
-                items = items[rows].gather(1, kept[..., None].expand(-1, -1, items.shape[-1]))
-                group = group[rows]
+    def __init__(self, boxes: np.ndarray, offset: float):
+        self.offset, self.tiny = offset, np.finfo(boxes.dtype).tiny
+        sides = np.moveaxis(boxes, -1, 0)
+        x, y = (sides[2 + i] - sides[i] + offset for i in (0, 1))
+        self.of = np.concatenate([sides, (x * y)[None]])  # (5, G, n): x0, y0, x1, y1 and the area
+        self.order = np.arange(boxes.shape[1])
+        self.sorted = len(boxes) == 1 and boxes.shape[1] >= self.LARGE
+        if self.sorted:
+            self.order = np.argsort(self.of[0, 0], kind="stable")
+            self.of = self.of[:, :, self.order]
+        self._set_up()
+
+    def _set_up(self) -> None:
+        self.rows = np.arange(self.of.shape[1])
+        self.low, self.high = np.empty_like(self.of[:2]), np.empty_like(self.of[:2])
+        if self.sorted:
+            self.left, self.reach = self.of[0, 0], np.maximum.accumulate(self.of[2, 0])
+
+    def keep(self, rows: np.ndarray, columns: np.ndarray) -> None:
+        """Drop all but `columns` (g, m) of the groups `rows` (g,)."""
+        self.of = np.ascontiguousarray(self.of[:, rows[:, None], columns])
+        self._set_up()
+
+    def near(self, at: int | np.ndarray) -> slice:
+        """The stretch that holds all boxes whose overlap with box `at`, one for each group, is above 0."""
+        if not self.sorted:
+            return slice(None)
+        x0, x1 = self.left[at] - 2 * self.offset, self.of[2, 0, at] + 2 * self.offset  # twice: safe from rounding
+        return slice(int(self.reach.searchsorted(x0, "right")), int(self.left.searchsorted(x1, "left")))
+
+    def overlap(self, at: int | np.ndarray, near: slice) -> np.ndarray:
+        """(G, k) with box `at`, a whole number for one group and (G,) for several; valid until the next call.
+
+        The same numbers as `ecliptic.ops.boxes.box_iou`.
+        """
+        others, low, high = self.of[..., near], self.low[..., near], self.high[..., near]
+        picked = self.of[:, :, at : at + 1] if isinstance(at, int) else self.of[:, self.rows, at][..., None]
+        np.maximum(others[:2], picked[:2], out=low)
+        np.minimum(others[2:4], picked[2:4], out=high)
+        high -= low
+        if self.offset:
+            high += self.offset
+        np.maximum(high, 0, out=high)
+        shared = np.multiply(high[0], high[1], out=high[0])
+        union = np.add(others[4], picked[4], out=low[0])
+        union -= shared
+        np.maximum(union, self.tiny, out=union)  # both empty: 0 / tiny
+        shared /= union
+        return shared
+
+
+class _Given:
+    """One group whose overlaps (n, n) are known."""
+
+    def __init__(self, overlap: np.ndarray):
+        self.of, self.order, self.sorted = overlap, np.arange(len(overlap)), False
+        self.columns = self.order
+
+    def keep(self, rows: np.ndarray, columns: np.ndarray) -> None:
+        self.columns = self.columns[columns[0]]
+
+    def near(self, at: int | np.ndarray) -> slice:
+        return slice(None)
+
+    def overlap(self, at: int | np.ndarray, near: slice) -> np.ndarray:
+        return self.of[self.columns[at], self.columns][None]
+
+
+def _select(
+    scores: np.ndarray, rivals: _Boxes | _Given, decay: _Decay, score_threshold: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """G groups side by side: scores (G, n), -inf where there is none. In NumPy, because each step is small and waits for the
+    one before: what counts is the cost of a call, and that is several times as high in torch, and higher still on a GPU.
+
+    Returns (K,) each: the group, the position in it, and the score at selection.
+    """
+    current = scores[:, rivals.order]
+    place, group = np.broadcast_to(rivals.order, current.shape), np.arange(len(current))
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    with np.errstate(invalid="ignore", under="ignore"):  # -inf * 0, put right below
+        rows = np.arange(len(current))
+        while current.size:
+            at: int | np.ndarray
+            if len(rows) > 1:
+                at = current.argmax(1)
+                where = (rows, at)
+            else:  # with plain numbers, which cost a tenth
+                at = int(current.argmax())
+                if rivals.sorted:  # then the first of equal scores may not be the first of the input
+                    equal = (current[0] == current[0, at]).nonzero()[0]
+                    at = int(equal[place[0, equal].argmin()])
+                where = (0, at)
+            best = current[where]
+            if (best == -np.inf).all():
+                break
+            found.append((group if len(rows) > 1 else group[0], place[where], best))
+
+            current[where] = -np.inf
+            near = (
+                rivals.near(at) if len(found) > 1 else slice(None)
+            )  # once over all, for scores too low from the start
+            touched = current[:, near]
+            decay(touched, rivals.overlap(at, near))
+            np.fmax(touched, -np.inf, out=touched)  # what was gone stays so
+            np.putmask(touched, touched < score_threshold, -np.inf)
+
+            if len(found) % 32 == 0:  # now and then, put aside what is done with
+                alive = current > -np.inf
+                going, most = alive.any(1).nonzero()[0], int(alive.sum(1).max())
+                if not most:
+                    break
+                if 2 * len(going) * most <= current.size:
+                    kept = np.argsort(~alive[going], axis=1, kind="stable")[:, :most]
+                    current, place = current[going[:, None], kept], place[going[:, None], kept]
+                    rivals.keep(going, kept)
+                    group, rows = group[going], rows[: len(going)]
     if not found:
-        return torch.empty(len(scores), 0, dtype=torch.int64), torch.empty(len(scores), 0)
-    return torch.stack(found, 1), torch.stack(values, 1)
+        return (np.empty(0, np.int64),) * 2 + (np.empty(0, scores.dtype),)
+    groups, places, values = (np.hstack(part) for part in zip(*found))
+    going = values > -np.inf  # groups run out at different steps
+    return groups[going], places[going], values[going]
 
 
-def _decay(method: str, iou_threshold: float, sigma: float, score_threshold: float) -> Callable[[Tensor], Tensor]:
-    """Overlap -> factor on the score; -1 stands for deletion, which holds at any score threshold."""
+def _decay(method: str, iou_threshold: float, sigma: float, score_threshold: float) -> _Decay:
+    """What changes scores, in place, for their overlaps with the selected box; these may be overwritten."""
     if not 0 <= iou_threshold <= 1:
         raise ValueError(f"iou_threshold={iou_threshold}: must lie in [0, 1]")
     if not sigma > 0:
         raise ValueError(f"sigma={sigma}: must be positive")
     if not score_threshold >= 0:
         raise ValueError(f"score_threshold={score_threshold}: must not be negative")
-    if method == "gaussian":
-        return lambda o: torch.exp(-o.square() / sigma)
-    if method == "linear":
-        return lambda o: torch.where(o < iou_threshold, 1.0, 1 - o).clamp(min=0)
-    if method == "hard":
-        return lambda o: torch.where(o <= iou_threshold, torch.ones_like(o), -torch.ones_like(o))
-    raise ValueError(f"method={method!r}: choose gaussian, linear or hard")
+
+    def gaussian(scores: np.ndarray, overlap: np.ndarray) -> None:
+        overlap *= overlap
+        overlap /= -sigma
+        scores *= np.exp(overlap, out=overlap)
+
+    def linear(scores: np.ndarray, overlap: np.ndarray) -> None:
+        below = overlap < iou_threshold
+        factor = np.subtract(1, overlap, out=overlap)
+        np.putmask(factor, below, 1)
+        scores *= np.maximum(factor, 0, out=factor)
+
+    def hard(scores: np.ndarray, overlap: np.ndarray) -> None:
+        np.putmask(scores, overlap > iou_threshold, -np.inf)
+
+    found = {"gaussian": gaussian, "linear": linear, "hard": hard}.get(method)
+    if found is None:
+        raise ValueError(f"method={method!r}: choose gaussian, linear or hard")
+    return found
+
+
+def _arrays(about: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes or overlaps and scores for NumPy, which knows no bfloat16 and is slow with half precision."""
+    kind = torch.promote_types(torch.promote_types(about.dtype, scores.dtype), torch.float32)
+    wide = torch.promote_types(about.dtype, torch.float32)
+    return about.detach().cpu().to(wide).numpy(), scores.detach().cpu().to(kind).numpy()
 
 
 def _checked(scores: Tensor, n: int) -> Tensor:
@@ -186,40 +284,41 @@ def _checked(scores: Tensor, n: int) -> Tensor:
     return scores
 
 
-def _groups(n: int, classes: Tensor | None, images: Tensor | None, device: torch.device) -> list[Tensor]:
+def _groups(n: int, classes: Tensor | None, images: Tensor | None) -> list[np.ndarray]:
     """Rows that compete, padded with -1 to (G, longest), in lots of groups of similar size."""
     keys = []
     for name, key in (("images", images), ("classes", classes)):
         if key is not None:
             if key.shape != (n,) or key.is_floating_point() or key.is_complex():
                 raise ValueError(f"{name} must be whole numbers of shape ({n},), not {key.dtype} {tuple(key.shape)}")
-            keys.append(key.to(device=device, dtype=torch.int64))
+            keys.append(key.detach().cpu().to(torch.int64).numpy())
     if not n:
         return []
     if not keys:
-        return [torch.arange(n, device=device)[None]]
-    _, of = torch.unique(torch.stack(keys, 1), dim=0, return_inverse=True)
-    order = torch.sort(of, stable=True).indices
-    sizes = torch.bincount(of)
-    start = sizes.cumsum(0) - sizes
+        return [np.arange(n)[None]]
+    _, of = np.unique(np.stack(keys, 1), axis=0, return_inverse=True)
+    of = of.reshape(-1)
+    order = np.argsort(of, kind="stable")
+    sizes = np.bincount(of)
+    start = sizes.cumsum() - sizes
     lots = []
-    magnitude = sizes.double().log2().ceil().long()
-    for size in magnitude.unique():  # type: ignore[no-untyped-call]
-        chosen = (magnitude == size).nonzero()[:, 0]
-        columns = torch.arange(int(sizes[chosen].max()), device=device)
-        at = start[chosen, None] + columns
-        rows = order[at.clamp(max=n - 1)]
-        lots.append(rows.where(columns < sizes[chosen, None], -1))
+    magnitude = np.ceil(np.log2(sizes)).astype(int)
+    for size in np.unique(magnitude):
+        chosen = (magnitude == size).nonzero()[0]
+        columns = np.arange(sizes[chosen].max())
+        rows = order[np.minimum(start[chosen, None] + columns, n - 1)]
+        lots.append(np.where(columns < sizes[chosen, None], rows, -1))
     return lots
 
 
-def _ranked(parts: list[tuple[Tensor, Tensor]], scores: Tensor, max_out: int | None) -> Kept:
+def _ranked(parts: list[tuple[np.ndarray, np.ndarray]], scores: Tensor, max_out: int | None) -> Kept:
     """One ranking of what all groups kept; equal scores by position in the input."""
     if max_out is not None and max_out < 0:
         raise ValueError(f"max_out={max_out}: must not be negative")
     if not parts:
         return Kept(torch.empty(0, dtype=torch.int64, device=scores.device), scores[:0].clone())
-    keep, values = torch.cat([rows for rows, _ in parts]), torch.cat([value for _, value in parts])
-    keep, first = torch.sort(keep)
-    values, order = torch.sort(values[first], descending=True, stable=True)
-    return Kept(keep[order][:max_out], values[:max_out])
+    keep, values = (np.concatenate(part) for part in zip(*parts))
+    order = np.lexsort((keep, -values))[:max_out]
+    return Kept(
+        torch.from_numpy(keep[order]).to(scores.device), torch.from_numpy(values[order]).to(scores.device, scores.dtype)
+    )
