@@ -8,7 +8,8 @@ that is trained with it reads texts of many times its training length, where sof
 `attention_weights` and `attention` are the equations, on tensors; `replace_attention` puts them into any model of
 `transformers`, `SoftplusAttention` into the towers of an encoder. Weights that were trained with softmax are useless under
 other scores, so both refuse to change the scores of a model unless told that it will be trained (`retrain=True`). The
-re-weighting alone changes no scores, and can be switched on and off on a trained model.
+re-weighting alone changes no scores, and can be switched on and off on a trained model; a version of the paper recommends that,
+but in our claim it gains nothing.
 
 What counts as a key is what a row's mask lets it see, so padding, packed sequences, a cache and sliding windows come out right.
 In a tower without causality every row sees all L tokens, and the scale is a temperature log d * log L that depends on the
