@@ -1,6 +1,6 @@
 """How well `ecliptic find` boxes things, and says that they are not there, on photographs with known things in them.
 
-    python -m benchmarks.find              # the reporting half; writes benchmarks/results/find.json
+    python -m benchmarks.find              # the reporting half; writes benchmarks/results/find.json and into docs/find.md
     python -m benchmarks.find calibrate    # the choosing half: LIMIT and SLOPE of ecliptic.apps.find, looks, Soft-NMS
 
 Tux Paint stamps (alpha masks, so that boxes are exact; the "offline" model has never seen them) are pasted onto photographs,
@@ -31,10 +31,11 @@ from benchmarks.measure import RESULTS, commit, machine
 from ecliptic.apps.find import ASPECTS, LEVELS, LIMIT, SCALES, SIGMA, SLOPE, SMALLEST, STEP, WORTH, Finder, Found
 from ecliptic.core.encoder import HFEncoder, load
 from ecliptic.data.sources import open_source
-from ecliptic.methods.detect.soft_nms import soft_nms_mask
-from ecliptic.ops.boxes import box_containment, box_iou
+from ecliptic.methods.detect.soft_nms import soft_nms
+from ecliptic.ops.boxes import box_iou
 from ecliptic.ops.regions import level_boxes, ring_contrast, soft_iou, windows
 
+PAGE = RESULTS.parents[1] / "docs" / "find.md"
 PHOTOS = {
     "choose": ("motorcycle_left", "astronaut", "flower", "grass", "camera"),
     "report": ("coffee", "china", "rocket", "chelsea", "gravel"),
@@ -171,12 +172,9 @@ def overlap(box: Tensor, truth: Sequence[Box]) -> float:
     return float(box_iou(box[None], torch.tensor(truth, dtype=torch.float32)).max())
 
 
-def both(found: Found, truth: Sequence[Box], sigma: float, worth: float, containment: bool) -> tuple[int, int]:
+def both(found: Found, truth: Sequence[Box], sigma: float, worth: float) -> tuple[int, int]:
     """After Soft-NMS: how many of the true boxes some box meets at IoU 0.5, and how many boxes meet none."""
-    shared = box_iou(found.proposals, found.proposals)
-    if containment:
-        shared = torch.maximum(shared, box_containment(found.proposals, found.proposals))
-    kept = soft_nms_mask(shared.clamp(max=1), found.proposal_scores, sigma=sigma, max_out=5)
+    kept = soft_nms(found.proposals, found.proposal_scores, sigma=sigma, max_out=5)
     boxes = found.proposals[kept.keep[kept.scores >= worth * kept.scores[0]]]
     meets = box_iou(boxes, torch.tensor(truth, dtype=torch.float32)) >= 0.5
     return int(meets.any(0).sum()), int((~meets.any(1)).sum())
@@ -224,7 +222,7 @@ def report(encoder: HFEncoder, number: int) -> dict[str, Any]:
             absent.append(Finder(encoder, scene.absent)(scene.picture))
         print(f"{scene.caption}: {rows[-1]['find']:.2f}, relevance {found.relevance:.2f}", flush=True)
     pairs = [
-        (both(Finder(encoder, scene.caption)(scene.picture), scene.boxes, SIGMA, WORTH, True))
+        both(Finder(encoder, scene.caption)(scene.picture), scene.boxes, SIGMA, WORTH)
         for scene in scenes("report", number // 6, alike=2, seed=1)
     ]
     right = [found for found, row in zip(present, rows) if row["find"] >= 0.5]
@@ -276,15 +274,37 @@ def calibrate(encoder: HFEncoder, number: int) -> None:
     print(f"LIMIT {np.quantile(there, 0.2):.2f}, SLOPE {logistic.coef_[0, 0]:.2f}, AUC {auc(there, absent):.3f}")
     print(f"there {np.quantile(there, [0.1, 0.2, 0.3, 0.5])}, absent {np.quantile(absent, [0.5, 0.7, 0.8, 0.9])}")
     pairs = [(Finder(encoder, s.caption)(s.picture), s.boxes) for s in scenes("choose", number // 2, alike=2, seed=1)]
-    for containment in (False, True):
-        for sigma in (0.1, 0.3, 0.5):
-            for worth in (0.4, 0.5, 0.6, 0.7):
-                two = np.sum([both(f, truth, sigma, worth, containment) for f, truth in pairs], 0) / len(pairs)
-                one = (
-                    np.sum([both(f, truth, sigma, worth, containment) for f, truth in zip(founds, truths)], 0) / number
-                )
-                shown = f"containment {containment}, sigma {sigma}, worth {worth}"
-                print(f"{shown}: of two {two[0] / 2:.2f}, wrong {two[1]:.2f}; of one {one[0]:.2f}, wrong {one[1]:.2f}")
+    for sigma in (0.1, 0.3, 0.5):
+        for worth in (0.4, 0.5, 0.6, 0.7):
+            two = np.sum([both(f, truth, sigma, worth) for f, truth in pairs], 0) / len(pairs)
+            one = np.sum([both(f, truth, sigma, worth) for f, truth in zip(founds, truths)], 0) / number
+            shown = f"of two {two[0] / 2:.2f}, wrong {two[1]:.2f}; of one {one[0]:.2f}, wrong {one[1]:.2f}"
+            print(f"sigma {sigma}, worth {worth}: {shown}")
+
+
+BEGIN, END = "<!-- written by python -m benchmarks.find -->", "<!-- end -->"
+
+
+def page(result: dict[str, Any]) -> str:
+    """The figures as docs/find.md shows them."""
+    told, two = result["nothing here"], result["two alike"]
+    lines = ["| best box | mean IoU | recall at IoU 0.5 (95 %) | small | middle | large |", "|---|---|---|---|---|---|"]
+    for name, rows in result["boxes"].items():
+        low, high = rows["all"]["interval"]
+        sizes = " | ".join(f"{rows[size]['recall']:.2f}" for size in SIZES)
+        lines.append(
+            f"| {name} | {rows['all']['mean IoU']:.2f} | {rows['all']['recall']:.2f} ({low:.2f} to {high:.2f}) | {sizes} |"
+        )
+    lines += [
+        "",
+        f"{result['pictures']} pictures; small, middle and large things are {', '.join(map(str, SIZES.values()))} of the",
+        "picture's shorter side long. Of the phrases that are there,",
+        f"{told['kept']:.0%} are found to be ({told['kept, of the boxed right']:.0%} of those boxed right); of {told['absent']}",
+        f"that are not, {told['told so']:.0%} are told so; the area under the curve is {told['auc']:.2f}. Of two alike in one",
+        f"picture ({two['pictures']} pictures), {two['found']:.0%} get a box of their own, beside {two['wrong boxes a picture']}",
+        f"wrong boxes a picture. A picture takes {result['seconds of CPU a picture, median']} seconds of CPU.",
+    ]
+    return "\n".join([BEGIN, "", *lines, "", END])
 
 
 def main() -> None:
@@ -298,6 +318,9 @@ def main() -> None:
         return
     result = report(encoder, args.pictures)
     (RESULTS / "find.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
+    PAGE.write_text(before + page(result) + after, encoding="utf-8")
     print(json.dumps(result, indent=1))
 
 

@@ -5,7 +5,7 @@
    the map it holds.
 2. The best few dozen are cut out and encoded like pictures of their own. A box's score is the geometric mean of three numbers
    in [0, 1]: how the cut-out fits the phrase rather than the background, and the two by which the map chose it.
-3. Soft-NMS (arXiv 1704.04503) thins out what overlaps a better box or lies within it.
+3. Soft-NMS (arXiv 1704.04503) thins out what overlaps a better box; what then scores far below the best is left out.
 4. Whether the phrase is there is judged as `ecliptic search` judges an index (`ecliptic.apps.index.relevance`), the cut-outs
    taking the place of its pictures: by how far the phrase fits one of them better than a thousand common things do.
 
@@ -29,8 +29,8 @@ from ecliptic.apps.index.relevance import Relevance, load_background
 from ecliptic.core.dense import BACKGROUND, picture_heatmaps
 from ecliptic.core.preprocess import ImagePreprocess
 from ecliptic.core.zeroshot import zero_shot_head
-from ecliptic.methods.detect.soft_nms import soft_nms_mask
-from ecliptic.ops.boxes import box_containment, box_iou, check_boxes
+from ecliptic.methods.detect.soft_nms import soft_nms
+from ecliptic.ops.boxes import check_boxes
 from ecliptic.ops.regions import level_boxes, ring_contrast, soft_iou, windows
 
 if TYPE_CHECKING:
@@ -46,10 +46,10 @@ LEAST = (
     4  # cells of that map, for a side of a window; what keeps the windows of a very long picture from being too many
 )
 FLAT = 1e-3  # a map that spans less, in units of probability, is not stretched to all of [0, 1]
-SIGMA = 0.3  # of Soft-NMS; smaller than its 0.5, for a box within another is a duplicate here
+SIGMA = 0.3  # of Soft-NMS; at its usual 0.5, more parts of one thing are left beside it
 BATCH = 32  # boxes encoded at a time
-WORTH = 0.6  # boxes with less than this share of the best box's score are not given
-SLOPE = 0.6  # of the log-odds of relevance, per unit of excess; `python -m benchmarks.find calibrate`
+WORTH = 0.7  # boxes with less than this share of the best box's score are not given
+SLOPE = 0.8  # of the log-odds of relevance, per unit of excess; `python -m benchmarks.find calibrate`
 LIMIT = 2.0  # the excess of relevance 0.5: four of five phrases that are there lie above (same command)
 
 
@@ -129,8 +129,7 @@ class Finder:
         found, held = found[chosen], held[chosen]
         seen = self._encode(picture, found / torch.tensor([columns / picture.width, rows / picture.height] * 2))
         scores = (self._fit(seen) * held).pow(1 / 3)
-        shared = torch.maximum(box_iou(found, found), box_containment(found, found)).clamp(max=1)
-        kept = soft_nms_mask(shared, scores, sigma=SIGMA, max_out=self.top)
+        kept = soft_nms(found, scores, sigma=SIGMA, max_out=self.top)
         keep = kept.keep[kept.scores >= WORTH * kept.scores[0]]
         excess = Relevance.fit(self._common, seen).excess(self._phrase, seen).max()
         return Found(

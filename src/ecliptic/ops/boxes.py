@@ -20,17 +20,6 @@ def box_iou(a: Tensor, b: Tensor, offset: float = 0.0) -> Tensor:
     return torch.where(union > 0, shared / union.clamp(min=torch.finfo(union.dtype).tiny), 0.0)
 
 
-def box_containment(a: Tensor, b: Tensor) -> Tensor:
-    """(..., N, 4) and (..., M, 4) -> (..., N, M), intersection over the smaller area in [0, 1]: 1 where one lies within
-    the other, 0 where either is empty.
-    """
-    top_left = torch.maximum(a[..., :, None, :2], b[..., None, :, :2])
-    bottom_right = torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])
-    shared = (bottom_right - top_left).clamp(min=0).prod(-1)
-    smaller = torch.minimum(box_area(a)[..., :, None], box_area(b)[..., None, :])
-    return torch.where(smaller > 0, shared / smaller.clamp(min=torch.finfo(smaller.dtype).tiny), 0.0)
-
-
 def check_boxes(boxes: Tensor) -> None:
     """Raise ValueError unless the boxes are (N, 4), finite, and have their corners in order."""
     if boxes.ndim != 2 or boxes.shape[1] != 4:
