@@ -206,9 +206,6 @@ def test_layers_that_cost_too_much_stay_in_float(plain, tmp_path, monkeypatch):
     assert found["text"].cosine >= int8.FLOOR
     assert not found["image"].kept
     assert any("harm of layer" in line for line in said)
-    loose = quantise_export(spoilt, tmp_path / "loose", pictures(encoder), captions(spoilt), floor=1e-6)
-    assert not loose["text"].kept
-    assert loose["text"].cosine < int8.FLOOR
 
 
 def test_bad_settings_are_refused(plain, tmp_path):
