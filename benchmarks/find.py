@@ -198,6 +198,16 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def gain(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """How much higher the mean IoU is on the same pictures, with its 95 % interval by bootstrap over them."""
+    difference = np.asarray(ours) - np.asarray(theirs)
+    draws = np.random.default_rng(0).choice(difference, (2000, len(difference))).mean(1)
+    return {
+        "mean": round(float(difference.mean()), 3),
+        "interval": [round(float(x), 3) for x in np.percentile(draws, [2.5, 97.5])],
+    }
+
+
 def auc(present: Sequence[float], absent: Sequence[float]) -> float:
     """Chance that a phrase that is there lies above one that is not."""
     a, b = np.asarray(present)[:, None], np.asarray(absent)[None]
@@ -218,12 +228,12 @@ def report(encoder: HFEncoder, number: int) -> dict[str, Any]:
         rows.append({name: overlap(box, scene.boxes) for name, box in candidates(found).items()})
         sizes.append(scene.size)
         present.append(found)
-        if 3 * i < 2 * number:
+        if 2 * i < number:
             absent.append(Finder(encoder, scene.absent)(scene.picture))
         print(f"{scene.caption}: {rows[-1]['find']:.2f}, relevance {found.relevance:.2f}", flush=True)
     pairs = [
         both(Finder(encoder, scene.caption)(scene.picture), scene.boxes, SIGMA, WORTH)
-        for scene in scenes("report", number // 6, alike=2, seed=1)
+        for scene in scenes("report", number // 8, alike=2, seed=1)
     ]
     right = [found for found, row in zip(present, rows) if row["find"] >= 0.5]
     return {
@@ -237,6 +247,9 @@ def report(encoder: HFEncoder, number: int) -> dict[str, Any]:
                 **{size: summary([row[name] for row, of in zip(rows, sizes) if of == size]) for size in SIZES},
             }
             for name in rows[0]
+        },
+        "mean IoU of find minus that of": {
+            name: gain([row["find"] for row in rows], [row[name] for row in rows]) for name in rows[0] if name != "find"
         },
         "nothing here": {
             "present": len(present),
@@ -295,7 +308,12 @@ def page(result: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {rows['all']['mean IoU']:.2f} | {rows['all']['recall']:.2f} ({low:.2f} to {high:.2f}) | {sizes} |"
         )
+    ahead = result["mean IoU of find minus that of"]["best part of the map"]
+    low, high = ahead["interval"]
     lines += [
+        "",
+        f"On the same pictures, the mean IoU of find less that of the best part of the map is {ahead['mean']:+.2f} (95 %",
+        f"interval {low:+.2f} to {high:+.2f}).",
         "",
         f"{result['pictures']} pictures; small, middle and large things are {', '.join(map(str, SIZES.values()))} of the",
         "picture's shorter side long. Of the phrases that are there,",
@@ -310,7 +328,7 @@ def page(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("report", "calibrate"), default="report")
-    parser.add_argument("--pictures", type=int, default=36)
+    parser.add_argument("--pictures", type=int, default=48)
     args = parser.parse_args()
     encoder = load("offline")
     if args.what == "calibrate":

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ecliptic.data.boxes import Box
 
 NEEDS = True
+LONGEST = 40  # letters of the phrase in a drawn label
 DRAWN = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -127,7 +128,8 @@ def _draw(picture: Any, found: Found, target: Path) -> None:
     from ecliptic.eval.outlines import draw_boxes
 
     scores = [f"{score:.2f}" for score in found.scores.tolist()]
-    labels = [f"{found.text} {scores[0]}", *scores[1:]]
+    name = found.text if len(found.text) <= LONGEST else found.text[: LONGEST - 1].rstrip() + "…"
+    labels = [f"{name} {scores[0]}", *scores[1:]]
     target.parent.mkdir(parents=True, exist_ok=True)
     draw_boxes(picture, found.boxes.tolist(), labels).save(
         target, **({} if target.suffix == ".png" else {"quality": 92})
