@@ -7,9 +7,9 @@ run's, biases at 0. `range`: mean over rows of the largest logit less the smalle
 squared length of the output. Clipped softmax with alpha = 3 starts dead here, which for this task is the solution. `zeta_only`
 stretches upwards instead of downwards (gamma = 0, zeta = 1.03), and must not help.
 
-What was seen before: in a first run on these seeds weights started at N(0, 1) / 4, without biases; a query and its opposite cannot
-then both favour the delimiter, no softmax head learnt to be silent (loss 0.77), and logits did not grow. Biases came, and the
-start of the reference; a pilot with that on seed 100 grew 1.19- and 1.12-fold, so the first margin is met narrowly on these seeds.
+What was seen before: in a first run on these seeds weights started at N(0, 1) / 4, without biases; a query and its opposite
+cannot then both favour the delimiter, no softmax head learnt to be silent (loss 0.77), and logits did not grow. Biases came, and
+the start of the reference; a pilot of that on seed 100 grew 1.19- and 1.12-fold: the first margin is met narrowly on these.
 
 (b) The gap of logits by which one key must stand above T - 1 equal others, so that these get less than eps in all (softmax) or
 exactly nothing (clipped): found by bisection in 200 random settings, against the closed form. `error`: largest difference.

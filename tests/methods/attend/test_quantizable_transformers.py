@@ -231,10 +231,10 @@ def test_a_gate_of_pi_multiplies_the_output_of_the_block_by_pi(kind):
 def test_each_head_has_its_own_gate(kind):
     gated, silenced = make_quantizable(made(kind), rescale=False, std=0.0, pi_init=0.999999), made(kind)
     for module in attention_modules(gated).values():
-        module.head_gate.bias.data[1] = -50.0
+        module.head_gate.bias.data[0] = -50.0
     for module in attention_modules(silenced).values():
         value = module.v_proj if hasattr(module, "v_proj") else module.value
-        value.weight.data[8:16], value.bias.data[8:16] = 0.0, 0.0
+        value.weight.data[:8], value.bias.data[:8] = 0.0, 0.0
     expected = silenced(fed(kind)).last_hidden_state
     assert_close(gated(fed(kind)).last_hidden_state, expected, rtol=1e-3, atol=1e-3)
 
