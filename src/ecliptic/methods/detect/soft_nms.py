@@ -119,19 +119,19 @@ class _Boxes:
 
     def __init__(self, boxes: np.ndarray, offset: float):
         self.offset, self.tiny = offset, np.finfo(boxes.dtype).tiny
-        sides = np.moveaxis(boxes, -1, 0)
+        sides = np.ascontiguousarray(np.moveaxis(boxes, -1, 0))
         x, y = (sides[2 + i] - sides[i] + offset for i in (0, 1))
         self.of = np.concatenate([sides, (x * y)[None]])  # (5, G, n): x0, y0, x1, y1 and the area
         self.order = np.arange(boxes.shape[1])
         self.sorted = len(boxes) == 1 and boxes.shape[1] >= self.LARGE
         if self.sorted:
             self.order = np.argsort(self.of[0, 0], kind="stable")
-            self.of = self.of[:, :, self.order]
+            self.of = np.ascontiguousarray(self.of[:, :, self.order])
         self._set_up()
 
     def _set_up(self) -> None:
         self.rows = np.arange(self.of.shape[1])
-        self.low, self.high = np.empty_like(self.of[:2]), np.empty_like(self.of[:2])
+        self.room = np.empty_like(self.of[:3])
         if self.sorted:
             self.left, self.reach = self.of[0, 0], np.maximum.accumulate(self.of[2, 0])
 
@@ -152,20 +152,20 @@ class _Boxes:
 
         The same numbers as `ecliptic.ops.boxes.box_iou`.
         """
-        others, low, high = self.of[..., near], self.low[..., near], self.high[..., near]
-        picked = self.of[:, :, at : at + 1] if isinstance(at, int) else self.of[:, self.rows, at][..., None]
-        np.maximum(others[:2], picked[:2], out=low)
-        np.minimum(others[2:4], picked[2:4], out=high)
-        high -= low
-        if self.offset:
-            high += self.offset
-        np.maximum(high, 0, out=high)
-        shared = np.multiply(high[0], high[1], out=high[0])
-        union = np.add(others[4], picked[4], out=low[0])
-        union -= shared
-        np.maximum(union, self.tiny, out=union)  # both empty: 0 / tiny
-        shared /= union
-        return shared
+        x0, y0, x1, y1, area = self.of[..., near]
+        width, height, spare = self.room[..., near]
+        left, top, right, bottom, own = self.of[:, 0, at] if isinstance(at, int) else self.of[:, self.rows, at, None]
+        for shared, low, high, start, end in ((width, x0, x1, left, right), (height, y0, y1, top, bottom)):
+            np.minimum(high, end, out=shared)
+            shared -= np.maximum(low, start, out=spare)
+            if self.offset:
+                shared += self.offset
+            np.maximum(shared, 0, out=shared)
+        width *= height
+        union = np.add(area, own, out=spare)
+        union -= width
+        width /= np.maximum(union, self.tiny, out=union)  # both empty: 0 / tiny
+        return width
 
 
 class _Given:
@@ -202,19 +202,21 @@ def _select(
             at: int | np.ndarray
             if len(rows) > 1:
                 at = current.argmax(1)
-                where = (rows, at)
-            else:  # with plain numbers, which cost a tenth
+                best, here = current[rows, at], place[rows, at]
+                current[rows, at] = -np.inf
+                if (best == -np.inf).all():
+                    break
+            else:  # plain numbers cost a tenth
                 at = int(current.argmax())
                 if rivals.sorted:  # then the first of equal scores may not be the first of the input
                     equal = (current[0] == current[0, at]).nonzero()[0]
                     at = int(equal[place[0, equal].argmin()])
-                where = (0, at)
-            best = current[where]
-            if (best == -np.inf).all():
-                break
-            found.append((group if len(rows) > 1 else group[0], place[where], best))
+                best, here = current[0, at : at + 1].copy(), place[0, at : at + 1]
+                current[0, at] = -np.inf
+                if best[0] == -np.inf:
+                    break
+            found.append((group, here, best))
 
-            current[where] = -np.inf
             near = (
                 rivals.near(at) if len(found) > 1 else slice(None)
             )  # once over all, for scores too low from the start
@@ -235,7 +237,7 @@ def _select(
                     group, rows = group[going], rows[: len(going)]
     if not found:
         return (np.empty(0, np.int64),) * 2 + (np.empty(0, scores.dtype),)
-    groups, places, values = (np.hstack(part) for part in zip(*found))
+    groups, places, values = (np.concatenate(part) for part in zip(*found))
     going = values > -np.inf  # groups run out at different steps
     return groups[going], places[going], values[going]
 
