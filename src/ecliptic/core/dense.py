@@ -77,13 +77,15 @@ def picture_heatmaps(
 
     The picture is padded to a square first, because most checkpoints would crop its ends away; the padding is cut off
     the maps again. An empty `background` gives plain cosines. zoom: how many times the checkpoint's own size the tower sees
-    the picture at, a whole number: finer maps of smaller things, for some zoom^2 times the work or more.
+    the picture at, a whole number: finer maps of smaller things, for some zoom^2 times the work or more; an exported model, which
+    reads one size, sees that size.
     """
     square, (left, top) = _squared(image.convert("RGB"))
     head = zero_shot_head(encoder, texts, templates)
     rest = zero_shot_head(encoder, background, "{}") if background else None
     with torch.inference_mode():
-        pixels = encoder.preprocess([square]) if zoom == 1 else encoder.transform.zoomed(zoom)([square])
+        plain = zoom == 1 or not encoder.any_size
+        pixels = encoder.preprocess([square]) if plain else encoder.transform.zoomed(zoom)([square])
         scores = patch_scores(encoder, pixels, head, background=rest, scale=scale)
         side = max(image.size)
         maps = interpolate(scores.float(), size=(side, side), mode="bilinear", align_corners=False)[0].cpu()

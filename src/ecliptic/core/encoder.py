@@ -64,7 +64,12 @@ class LoadError(ValueError):
 
 
 class Encoder(nn.Module):
-    """Two towers into one space. `images` and `texts` take tensors; what stands around them takes pictures and strings."""
+    """Two towers into one space. `images` and `texts` take tensors; what stands around them takes pictures and strings.
+
+    any_size: whether `images` takes pixels of any size that holds whole patches, or only those of `preprocess`.
+    """
+
+    any_size = True
 
     @property
     @abstractmethod

@@ -29,6 +29,7 @@ class ExportedEncoder(Encoder):
     """
 
     device = torch.device("cpu")
+    any_size = False
 
     def __init__(self, exported: ExportedModel):
         super().__init__()
