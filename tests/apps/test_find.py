@@ -46,7 +46,7 @@ class Colours(nn.Module):
     name, id, image_size = "colours", "colours-1", 32
     transform = ImagePreprocess(shortest=32, crop=(32, 32), mean=(0.0,) * 3, std=(1.0,) * 3)
     scale = torch.tensor(20.0)
-    encoded = 0
+    any_size, encoded = True, 0
 
     def preprocess(self, images):
         return self.transform(images)

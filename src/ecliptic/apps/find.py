@@ -187,9 +187,9 @@ class Finder:
     def _encode(self, picture: Image.Image, boxes: Tensor) -> Tensor:
         """boxes (N, 4) in pixels -> (N, D) unit rows of what is in them."""
         rows = []
-        for some in boxes.split(BATCH):
+        for start in range(0, len(boxes), BATCH):
             crops = []
-            for x0, y0, x1, y1 in some.round().long().tolist():
+            for x0, y0, x1, y1 in boxes[start : start + BATCH].round().long().tolist():
                 x0, y0 = min(x0, picture.width - 1), min(y0, picture.height - 1)
                 crops.append(picture.crop((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))))
             rows.append(torch.from_numpy(self.encoder.encode_pixels(self._squeezed.pixels(crops))))

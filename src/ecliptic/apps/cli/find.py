@@ -131,9 +131,11 @@ def _draw(picture: Any, found: Found, target: Path) -> None:
     name = found.text if len(found.text) <= LONGEST else found.text[: LONGEST - 1].rstrip() + "…"
     labels = [f"{name} {scores[0]}", *scores[1:]]
     target.parent.mkdir(parents=True, exist_ok=True)
-    draw_boxes(picture, found.boxes.tolist(), labels).save(
-        target, **({} if target.suffix == ".png" else {"quality": 92})
-    )
+    drawn = draw_boxes(picture, found.boxes.tolist(), labels)
+    if target.suffix.lower() == ".png":
+        drawn.save(target)
+    else:
+        drawn.save(target, quality=92)
 
 
 def _entry(source: Path, found: Found, shown: bool, target: Path | None) -> dict[str, Any]:
