@@ -109,7 +109,7 @@ class Temperature(NamedTuple):
 )
 @dataclass(eq=False)
 class PerceptionClip(Predictor):
-    """Two-step zero-shot classification. `fit` encodes prompts only; pictures are looked at for labels' names at most.
+    """Two-step zero-shot classification. `fit` encodes prompts, and opens no picture but to choose a temperature.
 
     With no factors, or with the single value "", it is plain zero-shot classification, at every temperature. Give a factor
     an empty value ("unspecified") unless one of the others holds of every picture: whoever must choose a wrong context is

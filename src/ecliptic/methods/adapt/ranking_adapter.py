@@ -253,9 +253,8 @@ class RankAdapter(nn.Module):
         self.own = nn.ModuleList(Block(width, self.heads) for _ in range(layers))
         self.cross = nn.ModuleList(Block(width, self.heads, cross=True) for _ in range(layers))
         self.norm, self.project = nn.LayerNorm(width), nn.Linear(width, width)
-        last = nn.TransformerEncoderLayer(
-            width, self.heads, width, dropout, batch_first=True
-        )  # post-norm, as in the paper
+        # Post-norm, unlike the blocks before, as in the released code.
+        last = nn.TransformerEncoderLayer(width, self.heads, width, dropout, batch_first=True)
         self.last = nn.TransformerEncoder(last, 2, enable_nested_tensor=False)
         self.score_norm, self.score_head = nn.LayerNorm(width), mlp(width, 2)
         for module in self.score_head.modules():
@@ -265,10 +264,8 @@ class RankAdapter(nn.Module):
         if self.pair != "score":
             self.rank_tokens = nn.Parameter(torch.randn(rank_tokens, width) * width**-0.5)
             self.query, self.query_norm = nn.Linear(width, width), nn.LayerNorm(width)
-            self.key_value, self.key_value_norm = (
-                nn.Linear(width, width),
-                nn.LayerNorm(width),
-            )  # one for keys and values
+            # One projection for keys and values.
+            self.key_value, self.key_value_norm = (nn.Linear(width, width), nn.LayerNorm(width))
             self.out = nn.Linear(width, width)
             self.pair_head = nn.Sequential(nn.LayerNorm(width), mlp(width, 3))
 
