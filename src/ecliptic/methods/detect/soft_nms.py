@@ -153,6 +153,7 @@ class _Boxes:
         The same numbers as `ecliptic.ops.boxes.box_iou`.
         """
         x0, y0, x1, y1, area = self.of[..., near]
+        width: np.ndarray
         width, height, spare = self.room[..., near]
         left, top, right, bottom, own = self.of[:, 0, at] if isinstance(at, int) else self.of[:, self.rows, at, None]
         for shared, low, high, start, end in ((width, x0, x1, left, right), (height, y0, y1, top, bottom)):
@@ -182,7 +183,8 @@ class _Given:
         return slice(None)
 
     def overlap(self, at: int | np.ndarray, near: slice) -> np.ndarray:
-        return self.of[self.columns[at], self.columns][None]
+        row: np.ndarray = self.of[self.columns[at], self.columns]
+        return row[None]
 
 
 def _select(
@@ -227,7 +229,7 @@ def _select(
 
             if len(found) % 32 == 0:  # now and then, put aside what is done with
                 alive = current > -np.inf
-                going, most = alive.any(1).nonzero()[0], int(alive.sum(1).max())
+                going, most = np.flatnonzero(alive.any(1)), int(alive.sum(1).max())
                 if not most:
                     break
                 if 2 * len(going) * most <= current.size:
@@ -238,8 +240,8 @@ def _select(
     if not found:
         return (np.empty(0, np.int64),) * 2 + (np.empty(0, scores.dtype),)
     groups, places, values = (np.concatenate(part) for part in zip(*found))
-    going = values > -np.inf  # groups run out at different steps
-    return groups[going], places[going], values[going]
+    real = values > -np.inf  # groups run out at different steps
+    return groups[real], places[real], values[real]
 
 
 def _decay(method: str, iou_threshold: float, sigma: float, score_threshold: float) -> _Decay:
