@@ -241,6 +241,13 @@ def test_settings_are_checked_before_any_picture(colours, settings, message):
         Finder(**{"encoder": colours, "text": "red", **settings})
 
 
+def test_the_page_shows_what_the_benchmark_measured():
+    from benchmarks.find import PAGE, RESULTS, page
+
+    result = json.loads((RESULTS / "find.json").read_text(encoding="utf-8"))
+    assert page(result) in PAGE.read_text(encoding="utf-8")
+
+
 # The verb
 
 
