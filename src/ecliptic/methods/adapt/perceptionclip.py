@@ -183,7 +183,7 @@ class PerceptionClip(Predictor):
     @torch.no_grad()
     def predict_given(self, features: Tensor, context: Tensor) -> Prediction:
         """p(y | x, z) of unit features (B, d) for given contexts (B,) int64, positions in `contexts_`."""
-        rows = zip(self._chunks(features), context.split(self._rows), strict=True)
+        rows = zip(self._chunks(features), context.split(self._rows), strict=True)  # type: ignore[no-untyped-call]
         return self._answer(torch.cat([conditioned(self._scores(some), given) for some, given in rows]).exp())
 
     @torch.no_grad()
@@ -213,13 +213,13 @@ class PerceptionClip(Predictor):
             if attribute is None:
                 accuracy[float(value)] = float(hits.mean())
             else:
-                accuracy[float(value)] = group_accuracy(hits.numpy(), attribute, labels.tolist()).worst
+                accuracy[float(value)] = group_accuracy(hits.numpy(), attribute, labels.tolist()).worst  # type: ignore[arg-type]
         return Temperature(max(accuracy, key=lambda value: accuracy[value]), accuracy)
 
     def _features(self, pixels: Tensor) -> Tensor:
         if (encoder := getattr(self, "encoder_", None)) is None:
             raise ValueError("no encoder here: call fit(encoder, pairs) first")
-        return encoder.images(pixels).pooled.float().cpu()
+        return encoder.images(pixels).pooled.float().cpu()  # type: ignore[no-any-return]
 
     @property
     def _rows(self) -> int:
@@ -231,7 +231,7 @@ class PerceptionClip(Predictor):
             raise ValueError(f"{type(self).__name__} has no prompts yet: call fit() first")
         if features.ndim != 2 or features.shape[1] != self.text_.shape[-1]:
             raise ValueError(f"features must be (B, {self.text_.shape[-1]}), got {tuple(features.shape)}")
-        return features.float().cpu().split(self._rows)
+        return features.float().cpu().split(self._rows)  # type: ignore[no-any-return, no-untyped-call]
 
     def _scores(self, features: Tensor) -> Tensor:
         """(B, d) -> (B, K, Z): scale * cosine. SigLIP's bias is the same everywhere and cancels in every softmax."""
@@ -349,7 +349,7 @@ def context_embeddings(
             some = [name.strip() for name in names[start : start + step]]
             texts = [sentence(template, name, description) for name in some for description in spoken]
             rows = encoder.encode_texts(texts, overflow="error").reshape(len(some), len(spoken), -1)
-            said = [mean_prompt(part.flatten(0, 1), len(some)) for part in rows.split(counts, dim=1)]
+            said = [mean_prompt(part.flatten(0, 1), len(some)) for part in rows.split(counts, dim=1)]  # type: ignore[no-untyped-call]
             parts.append(torch.stack(said, dim=1))
             bar.advance(len(texts))
     return torch.cat(parts)

@@ -109,7 +109,7 @@ class RankingAdapter(Predictor):
             "dropout": self.dropout,
             "pair": self.pair,
         }
-        adapter = RankAdapter(**shape, seed=self.seed).to(patches.device)
+        adapter = RankAdapter(**shape, seed=self.seed).to(patches.device)  # type: ignore[arg-type]
 
         def batches(i: int) -> dict[str, Any]:
             instruction, rows, target = draw(i)
@@ -189,13 +189,13 @@ class RankingAdapter(Predictor):
     def _towers(self) -> Encoder:
         if (encoder := getattr(self, "encoder_", None)) is None:
             raise ValueError("no encoder here: call fit(encoder, pairs) first")
-        return encoder
+        return encoder  # type: ignore[no-any-return]
 
     def _adapter(self) -> RankAdapter:
         """The trained network, built from what was saved where it was loaded."""
         device = next(iter(self._towers().parameters())).device
         if (found := getattr(self, "_network", None)) is None:
-            found = RankAdapter(**self.shape_)
+            found = RankAdapter(**self.shape_)  # type: ignore[arg-type]
             found.load_state_dict(self.weights_)
             self._network = found.eval()
         return cast(RankAdapter, found.to(device))
@@ -296,7 +296,7 @@ class RankAdapter(nn.Module):
             return score[:, None] - score[None]
         values, evidence = self.attend(tokens)
         sign = -1.0 if self.pair == "difference" else 1.0
-        rows = torch.arange(len(tokens), device=tokens.device).split(chunk or len(tokens))
+        rows = torch.arange(len(tokens), device=tokens.device).split(chunk or len(tokens))  # type: ignore[no-untyped-call]
         return torch.cat([self._pair_logits(pair_differences(values, evidence, some, sign)) for some in rows])
 
     def attend(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -410,12 +410,12 @@ def quantities_of(
         if not isinstance(given, Mapping):
             raise ValueError(f"record {i} has no quantities: each needs a dict, instruction -> value")
     names = (
-        tuple(sorted({str(name) for given in found for name in given})) if instructions is None else tuple(instructions)
+        tuple(sorted({str(name) for given in found for name in given})) if instructions is None else tuple(instructions)  # type: ignore[union-attr]
     )
     if not names:
         raise ValueError("no record has a value for any instruction")
-    values = np.array([[float(given.get(name, np.nan)) for name in names] for given in found])
-    said = np.array([[name in given for name in names] for given in found])
+    values = np.array([[float(given.get(name, np.nan)) for name in names] for given in found])  # type: ignore[union-attr]
+    said = np.array([[name in given for name in names] for given in found])  # type: ignore[operator]
     if not np.isfinite(values[said]).all():
         row, column = np.argwhere(said & ~np.isfinite(values))[0]
         raise ValueError(f"record {row}: the value of {names[column]!r} is {values[row, column]}")
