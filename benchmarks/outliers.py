@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.measure import RESULTS, commit, machine
+from ecliptic.core.checkpoint import checkpoints, load
 from ecliptic.core.outliers import Outliers, outlier_metrics
 from ecliptic.core.ptq import ptq
 from ecliptic.core.train import Settings, fit, seed_all
@@ -219,10 +220,14 @@ class Arm:
         with torch.random.fork_rng():
             seed_all(0)
             model = task.build()
-        note = self.work / self.label / "trend.json"
-        if note.exists():
-            self.trend = json.loads(note.read_text())
-        return make_quantizable(model, **ARMS[self.task][self.name])
+        made = make_quantizable(model, **ARMS[self.task][self.name])
+        folder = self.work / self.label
+        if left := checkpoints(folder):
+            step, path = left[-1]
+            made.load_state_dict(load(path)["model"], strict=False)
+            trend = json.loads((folder / "trend.json").read_text())
+            self.trend = [point for point in trend if point["step"] <= step]
+        return made
 
     def turn(self, task: Task, model: nn.Module) -> None:
         """Train on for one slice, measure, leave a checkpoint: an interrupt that comes when it is due."""
@@ -355,21 +360,23 @@ def curves(found: Mapping[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60.0, help="stop after the round in which this is reached")
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no further round after so many")
+    parser.add_argument("--steps", type=int, default=STEPS, help="stop after so many")
     parser.add_argument("--work", type=Path, default=Path("runs/outliers"), help="folder for checkpoints")
-    parser.add_argument("--tasks", default="text,vision")
     parser.add_argument("--report", action="store_true", help="train nothing, write what was found into the docs")
     options = parser.parse_args()
     if options.report:
         report()
         return 0
     torch.set_num_threads(1)
-    began, cpu = time.monotonic(), time.process_time()
-    tasks = {name: TASKS[name]() for name in options.tasks.split(",")}
+    began = time.monotonic()
+    tasks = {name: make() for name, make in TASKS.items()}
     arms = [Arm(task, name, options.work) for task in tasks for name in ARMS[task]]
     models = {arm.label: arm.start(tasks[arm.task]) for arm in arms}
-    while time.monotonic() - began < 60 * options.minutes and min(len(arm.trend) for arm in arms) * SLICE < STEPS:
-        done = min(len(arm.trend) for arm in arms)
+    ahead = max(len(arm.trend) for arm in arms)  # a run that was killed within a round
+    while (done := min(len(arm.trend) for arm in arms)) < ahead or (
+        time.monotonic() - began < 60 * options.minutes and done * SLICE < options.steps
+    ):
         for arm in arms:
             if len(arm.trend) == done:
                 arm.turn(tasks[arm.task], models[arm.label])
@@ -377,7 +384,7 @@ def main() -> int:
     rounds = min(len(arm.trend) for arm in arms)
     found = {arm.label: {"trend": arm.trend[:rounds], **final(tasks[arm.task], models[arm.label])} for arm in arms}
     content = {
-        "command": f"python -m benchmarks.outliers --minutes {options.minutes:g}",
+        "command": f"python -m benchmarks.outliers --steps {rounds * SLICE}",
         "machine": machine(),
         "versions": {"torch": torch.__version__, "numpy": np.__version__},
         "commit": commit(),
@@ -389,7 +396,6 @@ def main() -> int:
             "length": LENGTH,
             "seed": 0,
         },
-        "cpu_minutes": round((time.process_time() - cpu) / 60, 1),
         "found": found,
     }
     RESULTS.mkdir(exist_ok=True)
