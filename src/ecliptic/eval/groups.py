@@ -121,7 +121,7 @@ def _cells(
     places = []
     names: list[tuple[Any, ...]] = []
     for what, values in (("attribute", attribute), ("label", label)):
-        found = values.tolist() if hasattr(values, "tolist") else list(values)  # plain values, from arrays and tensors too
+        found = values.tolist() if hasattr(values, "tolist") else list(values)  # from arrays and tensors, too
         if len(found) != len(h):
             raise ValueError(f"there are {len(h)} hits, but {len(found)} values of {what}")
         known = tuple(sorted(set(found)))
