@@ -142,7 +142,7 @@ def speed() -> str:
         "",
         "Above 1, Ecliptic is that many times as fast: median of interleaved rounds, range in brackets.",
     ]
-    for name in ("encode", "decode", "startup", "contrastive", "index", "softmax"):
+    for name in ("encode", "decode", "startup", "contrastive", "index", "softmax", "soft_nms"):
         result = read(RESULTS / f"{name}.json")
         lines += [
             "",
