@@ -19,10 +19,10 @@ from tests.towers import FAMILIES
 
 @pytest.fixture
 def classes(tmp_path):
-    """Two classes of twelve pictures."""
-    for kind in ("cat", "dog"):
-        for number in range(12):
-            picture(tmp_path / "pictures" / kind / f"{number}.png", seed=hash((kind == "cat", number)) % 2**31)
+    """Fifteen pictures of one class and nine of another: half right by chance would hide what is counted."""
+    for kind, count, seed in (("cat", 15, 0), ("dog", 9, 100)):
+        for number in range(count):
+            picture(tmp_path / "pictures" / kind / f"{number}.png", seed=seed + number)
     return tmp_path / "pictures"
 
 
@@ -85,6 +85,7 @@ def test_accuracy_and_agreement_are_counted(classes, tmp_path, monkeypatch):
     first = (rows @ head.T).argmax(-1)
     truth = torch.tensor([record["label"] == "dog" for record in judges]).long()
     assert done.accuracy == pytest.approx([float((first == truth).float().mean()), float(truth.float().mean())])
+    assert 0.5 not in done.accuracy
     assert done.agreement == pytest.approx(float((first == 1).float().mean()))
     assert done.activations is None
 
