@@ -8,45 +8,26 @@ import pytest
 import torch
 from torch import nn, tensor
 from torch.testing import assert_close
-from transformers.models.bert.configuration_bert import BertConfig
 from transformers.models.bert.modeling_bert import BertModel
-from transformers.models.opt.configuration_opt import OPTConfig
 from transformers.models.opt.modeling_opt import OPTModel
-from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.models.vit.modeling_vit import ViTModel
 
 from ecliptic.core.attention import attention_modules, register, use
 from ecliptic.core.outliers import figure, inf_norm, kurtosis, outlier_metrics, watched
+from tests.models import IDS, normal, small
 from tests.towers import FAMILIES
-
-SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
-IDS = torch.arange(12).view(2, 6) + 3
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def vit():
-    torch.manual_seed(0)
-    return ViTModel(ViTConfig(image_size=16, patch_size=8, initializer_range=0.3, **SMALL)).eval()
+    return small(ViTModel, initializer_range=0.3)
 
 
 def bert():
-    torch.manual_seed(0)
-    return BertModel(BertConfig(vocab_size=40, **SMALL)).eval()
+    return small(BertModel)
 
 
 def opt():
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "ffn_dim": 32,
-        "word_embed_proj_dim": 24,
-    }
-    return OPTModel(OPTConfig(vocab_size=40, **sizes)).eval()
+    return small(OPTModel)
 
 
 def loops(x):

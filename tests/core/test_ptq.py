@@ -11,46 +11,27 @@ from torch import nn
 from torch.nn.functional import gelu, layer_norm
 from torch.overrides import _get_current_function_mode_stack
 from torch.testing import assert_close
-from transformers.models.bert.configuration_bert import BertConfig
 from transformers.models.bert.modeling_bert import BertForMaskedLM
-from transformers.models.opt.configuration_opt import OPTConfig
 from transformers.models.opt.modeling_opt import OPTForCausalLM
-from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.models.vit.modeling_vit import ViTForImageClassification
 
 from ecliptic.core.attention import register, register_attention, use
 from ecliptic.core.ptq import grids, ptq
 from ecliptic.ops.quantize import fake_quantize, percentile, symmetric
+from tests.models import IDS, normal, small
 from tests.towers import FAMILIES
-
-SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
-IDS = torch.arange(12).view(2, 6) + 3
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def vit():
-    torch.manual_seed(0)
-    return ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, initializer_range=0.2, **SMALL)).eval()
+    return small(ViTForImageClassification, initializer_range=0.2)
 
 
 def bert():
-    torch.manual_seed(0)
-    return BertForMaskedLM(BertConfig(vocab_size=40, initializer_range=0.2, **SMALL)).eval()
+    return small(BertForMaskedLM, initializer_range=0.2)
 
 
 def opt():
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "ffn_dim": 32,
-        "word_embed_proj_dim": 24,
-    }
-    return OPTForCausalLM(OPTConfig(vocab_size=40, init_std=0.2, **sizes)).eval()
+    return small(OPTForCausalLM, init_std=0.2)
 
 
 def pictures(count=4, seed=0):

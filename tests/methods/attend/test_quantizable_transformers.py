@@ -9,13 +9,9 @@ import pytest
 import torch
 from torch import tensor
 from torch.testing import assert_close
-from transformers.models.bert.configuration_bert import BertConfig
 from transformers.models.bert.modeling_bert import BertModel
-from transformers.models.dinov2.configuration_dinov2 import Dinov2Config
 from transformers.models.dinov2.modeling_dinov2 import Dinov2Model
-from transformers.models.opt.configuration_opt import OPTConfig
 from transformers.models.opt.modeling_opt import OPTModel
-from transformers.models.vit.configuration_vit import ViTConfig
 from transformers.models.vit.modeling_vit import ViTModel
 
 from ecliptic.core.attention import attention_modules
@@ -35,45 +31,25 @@ from ecliptic.methods.attend.quantizable_transformers import (
     starts_dead,
     visible_keys,
 )
+from tests.models import IDS, normal, small
 from tests.towers import FAMILIES
 
-SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
-IDS = torch.arange(12).view(2, 6) + 3
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def bert():
-    return BertModel(BertConfig(vocab_size=40, max_position_embeddings=16, initializer_range=0.5, **SMALL))
-
-
-def opt():
-    sizes = {
-        "hidden_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 3,
-        "ffn_dim": 32,
-        "word_embed_proj_dim": 24,
-    }
-    return OPTModel(OPTConfig(vocab_size=40, max_position_embeddings=16, init_std=0.5, dropout=0.0, **sizes))
-
-
-def vit():
-    return ViTModel(ViTConfig(image_size=16, patch_size=8, initializer_range=0.5, **SMALL))
-
-
-def dinov2():
-    return Dinov2Model(Dinov2Config(image_size=16, patch_size=8, initializer_range=0.5, **SMALL))
-
-
-MODELS = {"bert": bert, "opt": opt, "vit": vit, "dinov2": dinov2}
+MODELS = {
+    "bert": (BertModel, {"max_position_embeddings": 16, "initializer_range": 0.5}),
+    "opt": (OPTModel, {"max_position_embeddings": 16, "init_std": 0.5, "dropout": 0.0}),
+    "vit": (ViTModel, {"initializer_range": 0.5}),
+    "dinov2": (Dinov2Model, {"initializer_range": 0.5}),
+}
 
 
 def made(kind):
-    torch.manual_seed(0)
-    return MODELS[kind]().eval()
+    model, config = MODELS[kind]
+    return small(model, **config)
+
+
+def quiet():
+    """So quiet that all probabilities of a row are alike."""
+    return small(ViTModel, initializer_range=1e-4)
 
 
 def fed(kind):
@@ -306,13 +282,11 @@ def test_a_dead_start_is_refused_or_warmed_up_and_can_be_seen():
         make_quantizable(made("bert"), "clipped", alpha=3.2)
     with pytest.raises(ValueError, match="over 5 keys"):
         make_quantizable(made("vit"), "clipped", gamma=-0.3)
-    torch.manual_seed(0)
-    quiet = ViTConfig(image_size=16, patch_size=8, initializer_range=1e-4, **SMALL)
-    dead = make_quantizable(ViTModel(quiet), "clipped", alpha=3.0, allow_dead_start=True)
+    dead = make_quantizable(quiet().train(), "clipped", alpha=3.0, allow_dead_start=True)
     assert outlier_metrics(dead, [normal(2, 3, 16, 16)]).zero_rows == 1
     dead(normal(2, 3, 16, 16)).last_hidden_state.square().sum().backward()
     assert all((p.grad == 0).all() for name, p in dead.named_parameters() if "q_proj" in name or "v_proj" in name)
-    warmed = make_quantizable(ViTModel(quiet), "clipped", alpha=3.0, alpha_warmup=(2, 4))
+    warmed = make_quantizable(quiet().train(), "clipped", alpha=3.0, alpha_warmup=(2, 4))
     warmed(normal(2, 3, 16, 16)).last_hidden_state.square().sum().backward()
     assert any((p.grad != 0).any() for name, p in warmed.named_parameters() if "v_proj" in name)
     assert outlier_metrics(warmed, [normal(2, 3, 16, 16)]).zero_rows == 0
