@@ -6,23 +6,14 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from transformers import BertConfig, BertModel, Dinov2Config, Dinov2Model, OPTConfig, OPTModel, ViTConfig, ViTModel
+from transformers import BertModel, Dinov2Model, OPTModel, ViTModel
 
 from ecliptic.core.attention import PREFIX, register, register_attention, use
+from tests.models import IDS, small
 from tests.towers import FAMILIES
 
 PLAIN = register("plain-for-tests", lambda module, scores: torch.softmax(scores, -1))
-SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32}
-
-
-def language(kind):
-    torch.manual_seed(0)
-    if kind == "bert":
-        return BertModel(BertConfig(vocab_size=40, **SMALL)).eval()
-    config = OPTConfig(
-        vocab_size=40, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, ffn_dim=32, word_embed_proj_dim=24
-    )
-    return OPTModel(config).eval()
+LANGUAGE = {"bert": BertModel, "opt": OPTModel}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -42,8 +33,8 @@ def test_the_same_softmax_under_another_name_gives_the_same_answers(family):
 
 @pytest.mark.parametrize("kind", ["bert", "opt"])
 def test_language_models_keep_their_masks(kind):
-    model = language(kind)
-    ids = torch.arange(12).view(2, 6) + 3
+    model = small(LANGUAGE[kind])
+    ids = IDS
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     before = model(ids, attention_mask=mask).last_hidden_state
     use(model, PLAIN)
@@ -58,9 +49,7 @@ def test_language_models_keep_their_masks(kind):
 
 @pytest.mark.parametrize("kind", [ViTModel, Dinov2Model])
 def test_vision_models(kind):
-    torch.manual_seed(0)
-    config = {ViTModel: ViTConfig, Dinov2Model: Dinov2Config}[kind]
-    model = kind(config(image_size=16, patch_size=8, **SMALL)).eval()
+    model = small(kind)
     pixels = torch.randn(2, 3, 16, 16)
     before = model(pixels).last_hidden_state
     use(model, PLAIN)
@@ -86,7 +75,7 @@ def test_scores_are_what_the_function_gets_and_probabilities_what_counts():
 
 
 def test_gradients_reach_the_weights():
-    model = language("opt").train()
+    model = small(OPTModel).train()
     use(model, PLAIN)
     model(torch.arange(6).view(1, 6)).last_hidden_state.square().sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "q_proj.weight" in name)
@@ -121,7 +110,7 @@ def test_boolean_masks_where_asked_and_none_where_causality_says_it_all():
         return out.transpose(1, 2).contiguous(), None
 
     name = register_attention("boolean-for-tests", attend, boolean_mask=True)
-    model, ids = language("opt"), torch.arange(12).view(2, 6) + 3
+    model, ids = small(OPTModel), IDS
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     before = [model(ids, attention_mask=m).last_hidden_state for m in (None, mask)]
     use(model, name)
