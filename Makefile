@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-BENCHES := encode decode startup contrastive index softmax relevance offline_quality
+BENCHES := encode decode startup contrastive index softmax soft_nms backends relevance offline_quality find
 # Tests share the machine with their own worker processes: one thread each is faster than two that wait for each other.
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 

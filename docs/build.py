@@ -1,4 +1,4 @@
-"""Write docs/models.md and docs/speed.md out of the committed result files, so that nobody types a number.
+"""Write the generated pages of docs out of the committed result files, so that nobody types a number.
 
 python docs/build.py            # write them
 python docs/build.py --check    # fail if they are older than the results
@@ -163,9 +163,7 @@ def speed() -> str:
             lines += memory(result["settings"]["memory_mib"])
         if name == "index":
             lines += graphs(result["settings"])
-        machine = result["machine"]
-        versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
-        lines += ["", f"{machine['cores']} cores, {', '.join(machine['flags'])}; {versions}."]
+        lines += ["", provenance(result)]
     return "\n".join(lines) + "\n"
 
 
@@ -188,6 +186,97 @@ def memory(measured: list[dict[str, Any]]) -> list[str]:
         job = f"{row['loss']}, {row['pairs']:,} pairs"
         lines.append(f"| {job} | {row['plain']:,.0f} MiB | {row['tiled']:,.0f} MiB | {row['share']:.3f} |")
     return lines
+
+
+def compression() -> str:
+    """Backends on a CPU, with what each keeps."""
+    result = read(RESULTS / "backends.json")
+    settings = result["settings"]
+    lines = [
+        "# Small and fast on a CPU",
+        "",
+        "*Written by `python docs/build.py` from `benchmarks/results/backends.json`.*",
+        "",
+        "```",
+        "ecliptic compress offline --int8 --calibrate my-pictures/ --out small",
+        "ecliptic index holidays/ --model small",
+        'ecliptic classify holidays/ --labels "beach, mountain, city" --model small',
+        "```",
+        "",
+        *wrapped(
+            "`compress` writes both towers as ONNX with 8-bit weights, one scale for each output channel, and 8-bit activations, "
+            "one scale for each tensor ([arXiv 2306.12929](https://arxiv.org/abs/2306.12929), section 5; [more](attention.md)). "
+            "Some of your pictures set the ranges of activations, others judge; class folders add zero-shot accuracy. The report "
+            "lies in the folder as `parity.md` and `parity.json`. Every verb takes the folder as `--model`, and so does "
+            "`ecliptic.load`; only training, which needs the layers, does not. Layers are put back to float32, the most harmful "
+            "first, until the mean cosine to the original's embeddings is at least `--floor`. Without `--calibrate` ranges are "
+            "taken anew from every batch (dynamic)."
+        ),
+        "",
+        *wrapped(
+            "The same files run on ONNX Runtime and on OpenVINO. `--runtime` says for which; by default OpenVINO where it is "
+            'installed (`pip install "ecliptic[openvino]"`), because of the table below. bfloat16 is not offered: without AMX it '
+            "is slower than 8 bits, and on a CPU without instructions for it slower than float32. What stays float32 in 8-bit "
+            "folders: attention scores, softmax, norms, convolutions."
+        ),
+        "",
+        "## What it brings",
+        "",
+        "Ratio to eager PyTorch in float32, as this toolkit runs it: median of interleaved rounds, range in brackets. Cosine to",
+        f"its embeddings, mean (lowest), over {settings['pictures']} pictures and as many captions that set no range.",
+    ]
+    for model, kept in settings["kept"].items():
+        sizes = {kind: f"{count / 1e6:,.0f} MB" for kind, count in settings["bytes"][model].items()}
+        left = [name for names in kept["float32 layers"].values() for name in names]
+        lines += [
+            "",
+            f"### {model}",
+            "",
+            f"Folder: {sizes['float32']} in float32, {sizes['static']} in 8 bits."
+            + (f" Left in float32: {', '.join(f'`{name}`' for name in sorted(set(left)))}." if left else ""),
+        ]
+        for kind in ("pictures", "captions"):
+            rows = [row for row in result["rows"] if row["job"].startswith(f"{model}, {kind}, ")]
+            threads = list(dict.fromkeys(row["job"].rpartition(", ")[2] for row in rows))
+            scored = any("accuracy" in entry for entry in kept[kind].values())
+            head = ["backend", *threads, "cosine", *(["zero-shot accuracy"] if scored else [])]
+            lines += ["", f"| {kind}: {' | '.join(head)} |", "|" + "---|" * len(head)]
+            if scored:
+                share = kept[kind]["PyTorch, eager"]["accuracy"]
+                lines.append(f"| PyTorch, eager | {'1 | ' * len(threads)}1 | {share:.1%} |")
+            for backend in dict.fromkeys(row["peer"] for row in rows):
+                entry = kept[kind][backend]
+                cells = [backend]
+                for row in (row for row in rows if row["peer"] == backend):
+                    cells.append(f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})")
+                cells.append(f"{entry['cosine']:.4f} ({entry['lowest']:.4f})")
+                if scored:
+                    cells.append(f"{entry['accuracy']:.1%}" if "accuracy" in entry else "")
+                lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        *wrapped(
+            "No package carries trained weights of a ViT-B/32, and random ones have no outliers that 8 bits would have to bear. "
+            "So its image tower holds the trained ViT-S/14 of `offline` twice, side by side, on its 768 channels; its text tower "
+            "is random, and the captions' cosines that count are those of `offline`, whose MiniLM is trained. The pooled picture "
+            "of `offline` comes from a CNN, whose convolutions stay float32: there 8 bits bring little. Its ViT is in the "
+            "patches, for heat maps."
+        ),
+        "",
+        provenance(result),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 128, break_long_words=False, break_on_hyphens=False)
+
+
+def provenance(result: dict[str, Any]) -> str:
+    """The machine and the versions of a result, on one line."""
+    machine = result["machine"]
+    versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
+    return f"{machine['cores']} cores, {', '.join(machine['flags'])}; {versions}."
 
 
 def relevance() -> str:
@@ -354,6 +443,7 @@ def main() -> int:
     for name, text in (
         ("models.md", models()),
         ("speed.md", speed()),
+        ("compress.md", compression()),
         ("relevance.md", relevance()),
         ("relevance.svg", relevance_curve()),
     ):
