@@ -215,7 +215,7 @@ def compression() -> str:
         "",
         *wrapped(
             "The same files run on ONNX Runtime and on OpenVINO. `--runtime` says for which; by default OpenVINO where it is "
-            'installed (`pip install "ecliptic[openvino]"`), because of the table below. bfloat16 is not offered: without AMX it '
+            "installed (the extra `openvino`), because of the table below. bfloat16 is not offered: without AMX it "
             "is slower than 8 bits, and on a CPU without instructions for it slower than float32. What stays float32 in 8-bit "
             "folders: attention scores, softmax, norms, convolutions."
         ),
@@ -223,7 +223,7 @@ def compression() -> str:
         "## What it brings",
         "",
         "Ratio to eager PyTorch in float32, as this toolkit runs it: median of interleaved rounds, range in brackets. Cosine to",
-        f"its embeddings, mean (lowest), over {settings['pictures']} pictures and as many captions that set no range.",
+        f"its embeddings, mean (lowest), over {settings['pictures']} pictures, and captions, that set no range.",
     ]
     for model, kept in settings["kept"].items():
         sizes = {kind: f"{count / 1e6:,.0f} MB" for kind, count in settings["bytes"][model].items()}
