@@ -163,7 +163,9 @@ def select(module: nn.Module, trainable: Trainable | None) -> dict[str, nn.Param
     """The parameters to train, by name: those a pattern finds or a predicate accepts; None takes those that require grad."""
     named = dict(module.named_parameters())
     if not named:
-        raise ValueError("this model has no layers to train: an exported model only answers; load what it was made from")
+        raise ValueError(
+            "this model has no layers to train: an exported model only answers; load what it was made from"
+        )
     if trainable is None:
         chosen = {name: p for name, p in named.items() if p.requires_grad}
         if not chosen:
