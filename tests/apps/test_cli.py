@@ -87,6 +87,7 @@ def test_every_verb_has_help_and_json(cli):
             "adapt",
             "claim",
             "classify",
+            "compress",
             "curate",
             "demo",
             "embed",

@@ -30,7 +30,7 @@ def compress(
     seed: Annotated[int, typer.Option(help="Of the choice of pictures.")] = 0,
     json: Json = False,
 ) -> None:
-    """Write a model with 8-bit weights and activations, and measure what it gained and lost.
+    """Put a model into 8 bits, and measure what it gained and lost.
 
     With --calibrate, ranges are set and the result is judged on your pictures; class folders add zero-shot accuracy before
     and after. Layers that lose too much stay in float32. Every verb takes the folder as --model, but those that train. The
