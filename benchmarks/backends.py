@@ -3,8 +3,9 @@
     python -m benchmarks.backends [--rounds N] [--threads 1 2]
 
 Each backend takes turns with PyTorch's float32 eager towers, as this toolkit runs them; a ratio above 1 is faster than those.
-Pictures are prepared and captions tokenised outside the measured call. Cosines are to the eager float32 embeddings, over
-pictures and captions that set no range; accuracy is zero-shot on 15 subjects of the stamps, of the offline model.
+Pictures are prepared outside the measured call; captions are tokenised inside it, on both sides. Cosines are to the eager
+float32 embeddings, over pictures and captions that set no range; accuracy is zero-shot on 15 subjects of the stamps, of the
+offline model.
 
 - ViT-B/32: CLIP's shape. No trained weights of it come in a package, and with random ones no activation has outliers; so the
   image tower holds the trained ViT-S/14 of `offline` twice, side by side, on its 768 channels. The text tower is random.

@@ -249,10 +249,10 @@ class _OpenVino:
         self._request = compiled.create_infer_request()  # one at a time: a request holds its own memory
         self._lock = Lock()
 
-    def run(self, outputs: Sequence[str] | None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    def run(self, outputs: Sequence[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         with self._lock:
             found = self._request.infer(feeds)
-            return [np.array(found[name]) for name in outputs or range(len(found))]
+            return [np.array(found[name]) for name in outputs]
 
 
 def _open_vino(path: Path, threads: int, quick: bool) -> _OpenVino:

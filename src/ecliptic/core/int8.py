@@ -117,8 +117,10 @@ def _tower(
     wanted = run(model, feeds)
     grids = calibrate(model, feeds, {layer.source for layer in layers}) if activations == "static" else None
 
+    stored = quantise_tables(model)
+
     def judged(chosen: Sequence[Linear], batches: int | None = None) -> tuple[Any, list[float]]:
-        changed = quantise_linear(model, chosen, grids)
+        changed = quantise_linear(stored, chosen, grids)
         rows = run(changed, feeds[:batches])
         return changed, [mean_cosine(a, b[: len(a)]) for a, b in zip(rows, wanted, strict=True)]
 
@@ -138,8 +140,6 @@ def _tower(
             few, many = (few, middle) if good else (middle, many)
         kept = worst[:many]
         changed, cosines = judged(worst[many:])
-    changed = quantise_tables(changed)
-    cosines = [mean_cosine(a, b) for a, b in zip(run(changed, feeds), wanted, strict=True)]
     return changed, Quantised(
         cosines[0], len(layers), [layer.name for layer in kept], cosines[1] if len(cosines) > 1 else None
     )
@@ -298,12 +298,10 @@ def _replace(model: Any, nodes: Sequence[Any]) -> None:
     del model.graph.node[:]
     model.graph.node.extend(copies)
     read = {name for node in model.graph.node for name in node.input} | {value.name for value in model.graph.output}
-    used = [value for value in model.graph.initializer if value.name in read]
-    values = [type(value)() for value in used]
-    for copy, value in zip(values, used):
-        copy.CopyFrom(value)
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(values)
+    weights = model.graph.initializer
+    for i in reversed(range(len(weights))):
+        if weights[i].name not in read:
+            del weights[i]
 
 
 def _session(model: Any) -> Any:
