@@ -9,7 +9,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +50,7 @@ SENTENCES = (  # of the lengths and kinds in which people describe pictures; our
 
 @dataclass(frozen=True)
 class Compressed:
-    """What `compress` made, before against after. Rates are of the towers alone, of prepared pictures and captions.
+    """What `compress` made, before against after. Rates are of prepared pictures, and of captions as strings.
 
     bytes: weights before, folder after. cosine_*: to the original's embeddings, mean and lowest, over pictures (captions) that
     set no range where there were enough. accuracy: zero-shot, over the labelled pictures, or None. agreement: share of these
@@ -71,11 +71,11 @@ class Compressed:
     captions: int
     unseen: bool
     own: bool
-    classes: int = 0
-    accuracy: tuple[float, float] | None = None
-    agreement: float | None = None
-    float32: tuple[str, ...] = ()
-    unreadable: tuple[tuple[str, str], ...] = ()
+    classes: int
+    accuracy: tuple[float, float] | None
+    agreement: float | None
+    float32: tuple[str, ...]
+    unreadable: tuple[tuple[str, str], ...]
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "folder": str(self.folder)}
@@ -135,7 +135,7 @@ def compress(
     out = Path(out)
     if out.exists() and any(out.iterdir()) and not (out / EXPORT_CARD).is_file():
         raise FileExistsError(f"{out} holds other files: choose an empty folder")
-    chosen = runtime or RUNTIMES[find_spec("openvino") is not None]
+    chosen = runtime or ("openvino" if find_spec("openvino") else "onnxruntime")
     if chosen not in RUNTIMES:
         raise ValueError(f"runtime={chosen!r}: choose {' or '.join(RUNTIMES)}")
     if find_spec(chosen) is None:
@@ -152,39 +152,39 @@ def compress(
         progress("exporting")
         plain = Path(scratch, "float32")
         export(encoder, plain)
-        with atomic_folder(out, replace=True) as draft:
-            if activations is None:
-                _move(plain, draft)
-            else:
-                found = quantise_export(
-                    plain,
-                    draft / "int8",
-                    _pixels(encoder, own),
-                    _token_batches(plain, captions[::2]),  # the others judge
-                    activations=activations,
-                    floor=floor,
-                    progress=progress,
-                )
-                _move(draft / "int8", draft)
-            card = json.loads((draft / EXPORT_CARD).read_text(encoding="utf-8"))
-            (draft / EXPORT_CARD).write_text(
-                json.dumps({**card, "runtime": chosen}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-            progress("measuring")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", TruncationWarning)  # some samples are longer than any tower reads
-                told = _measure(encoder, draft, judges, captions[1::2], classes)
-            told = replace(
-                told,
-                folder=out,
+        made = plain
+        if activations is not None:
+            made = Path(scratch, "int8")
+            found = quantise_export(
+                plain,
+                made,
+                _pixels(encoder, own),
+                _token_batches(plain, captions[::2]),  # the others judge
                 activations=activations,
-                unseen=unseen,
-                own=calibrate is not None,
-                float32=tuple(name for tower in found.values() for name in tower.kept),
-                unreadable=tuple(unreadable),
+                floor=floor,
+                progress=progress,
             )
-            (draft / REPORT[0]).write_text(json.dumps(told.to_json(), indent=2) + "\n", encoding="utf-8")
-            (draft / REPORT[1]).write_text(str(told), encoding="utf-8")
+        card = json.loads((made / EXPORT_CARD).read_text(encoding="utf-8"))
+        (made / EXPORT_CARD).write_text(
+            json.dumps({**card, "runtime": chosen}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        progress("measuring")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TruncationWarning)  # some samples are longer than any tower reads
+            measured = _measure(encoder, made, judges, captions[1::2], classes)
+        told = Compressed(
+            **measured,
+            folder=out,
+            activations=activations,
+            unseen=unseen,
+            own=calibrate is not None,
+            float32=tuple(name for tower in found.values() for name in tower.kept),
+            unreadable=tuple(unreadable),
+        )
+        (made / REPORT[0]).write_text(json.dumps(told.to_json(), indent=2) + "\n", encoding="utf-8")
+        (made / REPORT[1]).write_text(str(told), encoding="utf-8")
+        with atomic_folder(out, replace=True) as draft:
+            shutil.copytree(made, draft, dirs_exist_ok=True)
     return told
 
 
@@ -255,7 +255,8 @@ def _batches(items: Sequence[Any], size: int) -> list[list[Any]]:
 
 def _measure(
     encoder: HFEncoder, folder: Path, judges: Sequence[Record], captions: Sequence[str], classes: Sequence[str]
-) -> Compressed:
+) -> dict[str, Any]:
+    """The fields of `Compressed` that are measured."""
     after = ExportedEncoder(ExportedModel.open(folder))
     sides: list[Any] = [encoder, after]
     batches = _pixels(encoder, judges)
@@ -272,25 +273,21 @@ def _measure(
         accuracy = tuple(float((answer == truth).float().mean()) for answer in named)
         agreement = float((named[0] == named[1]).float().mean())
     weights = sum(value.numel() * value.element_size() for value in encoder.state_dict().values())
-    return Compressed(
-        folder=folder,
-        model=after.id,
-        source=encoder.id,
-        runtime=after.exported.runtime,
-        activations=None,
-        bytes=(weights, sum(file.stat().st_size for file in folder.iterdir())),
-        images_per_second=_rates(len(pixels), *(lambda s=side: s.encode_pixels(pixels) for side in sides)),
-        captions_per_second=_rates(len(some), *(lambda s=side: s.encode_texts(some) for side in sides)),
-        cosine_images=_cosines(*rows),
-        cosine_captions=_cosines(*texts),
-        pictures=len(judges),
-        captions=len(captions),
-        unseen=False,
-        own=False,
-        classes=len(classes),
-        accuracy=accuracy,  # type: ignore[arg-type]  # of two
-        agreement=agreement,
-    )
+    return {
+        "model": after.id,
+        "source": encoder.id,
+        "runtime": after.exported.runtime,
+        "bytes": (weights, sum(file.stat().st_size for file in folder.iterdir())),
+        "images_per_second": _rates(len(pixels), *(lambda s=side: s.encode_pixels(pixels) for side in sides)),
+        "captions_per_second": _rates(len(some), *(lambda s=side: s.encode_texts(some) for side in sides)),
+        "cosine_images": _cosines(*rows),
+        "cosine_captions": _cosines(*texts),
+        "pictures": len(judges),
+        "captions": len(captions),
+        "classes": len(classes),
+        "accuracy": accuracy,
+        "agreement": agreement,
+    }
 
 
 def _rates(items: int, *calls: Callable[[], Any]) -> tuple[float, float]:
@@ -313,10 +310,3 @@ def _cosines(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
 
 def _repeated(items: Sequence[Any], count: int) -> list[Any]:
     return [items[i % len(items)] for i in range(count)]
-
-
-def _move(source: Path, target: Path) -> None:
-    """Everything in a folder to another; across file systems too."""
-    for file in list(source.iterdir()):
-        shutil.move(file, target / file.name)
-    source.rmdir()
