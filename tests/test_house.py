@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "eval": {"ops", "core", "data", "eval"},
     "models": {"ops", "core", "data", "eval", "models"},
     "methods": {"ops", "core", "data", "eval"},
-    "apps": {"ops", "core", "data", "eval", "models", "methods", "apps"},
+    "baselines": {"ops", "core", "data", "eval"},
+    "apps": {"ops", "core", "data", "eval", "models", "methods", "baselines", "apps"},
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ecliptic.core.method import CONTRACTS, PACKAGE, cards, get
+from ecliptic.core.method import CONTRACTS, PACKAGE, baselines, cards, get
 from tests.contracts.checks import CHECKS, Case, run_check
 from tests.towers import FAMILIES
 
@@ -25,6 +25,20 @@ def test_contract(slug, part, kind, family, rule):
     case = Case(f"{slug}:{part}", kind, get(f"{slug}:{part}"))
     if reason := run_check(case, rule, FAMILIES[family]()):
         pytest.skip(f"waived: {reason}")
+
+
+@pytest.mark.parametrize("rule", CHECKS["Predictor"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("slug", baselines())
+def test_contract_of_a_baseline(slug, family, rule):
+    if reason := run_check(Case(slug, "Predictor", get(slug)), rule, FAMILIES[family]()):
+        pytest.skip(f"waived: {reason}")
+
+
+def test_a_baseline_is_no_method_and_says_what_it_is():
+    assert {"zero_shot", "linear_probe"} <= set(baselines())
+    assert not set(baselines()) & {card.slug for card in cards()}
+    assert all(line.endswith(".") for line in baselines().values())
 
 
 def test_nothing_was_left_out():

@@ -145,12 +145,23 @@ def stages(root: Path | None = None) -> dict[str, str]:
     return {p.name: _first_line(p / "__init__.py") for p in found}
 
 
+def baselines() -> dict[str, str]:
+    """What methods are compared with, the files of `baselines/`: slug -> the first line of its docstring."""
+    files = sorted((PACKAGE / "baselines").glob("[!_]*.py"))
+    return {file.stem: _first_line(file) for file in files}
+
+
 def get(name: str, root: Path | None = None) -> Any:
-    """The class or function behind a slug, imported now. `slug:Part` names another class of the same file.
+    """The class or function behind a slug, of a method or a baseline, imported now. `slug:Part` names another class of the file.
 
     Hyphens may stand for underscores. Raises MethodError with the nearest names where there is no such method.
     """
     slug, _, part = name.partition(":")
+    if root is None and (plain := _slug(slug)) in baselines():
+        found = "".join(word.capitalize() for word in plain.split("_"))
+        if part and part != found:
+            raise MethodError(f"{plain} has no part {part!r}; it has {found}")
+        return getattr(importlib.import_module(f"ecliptic.baselines.{plain}"), found)
     card = find(slug, root)
     if part and part not in dict(card.parts):
         raise MethodError(f"{card.slug} has no part {part!r}; it has {', '.join(p for p, _ in card.parts)}")
@@ -160,13 +171,17 @@ def get(name: str, root: Path | None = None) -> Any:
 def find(slug: str, root: Path | None = None) -> Card:
     """The card of one method. Raises MethodError with the nearest names where there is none."""
     known = {card.slug: card for card in cards(root)}
-    wanted = slug.strip().lower().replace("-", "_")
+    wanted = _slug(slug)
     if wanted in known:
         return known[wanted]
     near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.6)
     near = near or [s for s in known if wanted and (wanted in s or s in wanted)][:3]
     hint = f"did you mean {' or '.join(near)}?" if near else "`ecliptic methods` lists them"
     raise MethodError(f"no method {slug!r}; {hint}")
+
+
+def _slug(name: str) -> str:
+    return name.strip().lower().replace("-", "_")
 
 
 @cache

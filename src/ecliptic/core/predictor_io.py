@@ -113,10 +113,12 @@ def _encoder(folder: Path, wanted: dict[str, str] | None, given: Encoder | None)
 
 
 def _name(kind: type) -> str:
-    """`slug:Class` for a method of the house, `module:Class` otherwise."""
-    package, _, rest = kind.__module__.partition("ecliptic.methods.")
-    home = rest.split(".")[1] if rest and not package else kind.__module__
-    return f"{home}:{kind.__qualname__}"
+    """`slug:Class` for a method or a baseline of the house, `module:Class` otherwise."""
+    match kind.__module__.split("."):
+        case ["ecliptic", "methods", _, slug, *_] | ["ecliptic", "baselines", slug]:
+            return f"{slug}:{kind.__qualname__}"
+        case _:
+            return f"{kind.__module__}:{kind.__qualname__}"
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
