@@ -28,6 +28,7 @@ class Tower:
     table: the token embedding of a text tower. prefix: tokens before the first patch. causal: a word sees only earlier ones.
     padded: the tower was trained on captions padded to full length without a mask (SigLIP), so padding must stay.
     norm: applied to the last hidden states. projection: hidden -> joint space, or None where the pooling head already does it.
+    joined: a network beside the blocks makes the pooled vector (the picture tower of "offline"): the blocks do not change it.
     """
 
     module: Any  # transformers models: their attributes are theirs, not nn.Module's
@@ -41,6 +42,7 @@ class Tower:
     table: nn.Embedding | None = None
     causal: bool = False
     padded: bool = False
+    joined: bool = False
 
     def options(self, *, resized: bool, patches: bool) -> dict[str, Any]:
         """Keyword arguments of an image tower's call, as far as it knows them.
@@ -151,6 +153,7 @@ def _image_tower(module: Any, projection: Any | None) -> Tower:
         width=int(backbone.hidden_size),
         prefix=0 if siglip else 1 + int(getattr(backbone, "num_register_tokens", 0)),
         patch=int(backbone.patch_size),
+        joined=core is not module,
     )
 
 
