@@ -158,6 +158,66 @@ def test_auroc_is_sklearns_with_and_without_ties(levels):
         m.auroc(scores, np.ones(200))
 
 
+def slow_fpr(scores, positive, tpr):
+    """Walk down the thresholds, and cross the level on a straight line between two points."""
+    last = (0.0, 0.0)
+    for threshold in sorted(set(scores), reverse=True):
+        point = (np.mean(scores[~positive] >= threshold), np.mean(scores[positive] >= threshold))
+        if point[1] >= tpr:
+            return last[0] + (point[0] - last[0]) * (tpr - last[1]) / (point[1] - last[1])
+        last = point
+    raise AssertionError
+
+
+@pytest.mark.parametrize("levels", [4, 1000])
+@pytest.mark.parametrize("tpr", [0.95, 0.5, 1.0])
+def test_fpr_is_the_walk_down_the_thresholds(levels, tpr):
+    rng = np.random.default_rng(levels)
+    scores, positive = rng.integers(0, levels, 203) / levels, rng.random(203) < 0.4
+    scores = scores + positive * 2 / levels
+    assert m.fpr_at_tpr(scores, positive, tpr) == pytest.approx(slow_fpr(scores, positive, tpr))
+
+
+def test_fpr_by_hand():
+    # Thresholds 3, 2, 1: (fpr, tpr) is (0, 0.5), (0.5, 0.5), (0.5, 1); the last stretch is vertical.
+    assert m.fpr_at_tpr([3, 2, 1, 0], [1, 0, 1, 0]) == 0.5
+    # One level for all: the diagonal from (0, 0) to (1, 1).
+    assert m.fpr_at_tpr([1, 1, 1, 1], [1, 0, 1, 0]) == pytest.approx(0.95)
+    # 19 of 20 positives stand above all negatives: reached exactly there, not at the next point.
+    assert m.fpr_at_tpr([2] * 19 + [0] + [1] * 5, [1] * 20 + [0] * 5) == 0.0
+    with pytest.raises(ValueError, match=r"tpr=0\.0"):
+        m.fpr_at_tpr([1, 0], [1, 0], 0.0)
+    with pytest.raises(ValueError, match="both kinds"):
+        m.fpr_at_tpr([1, 0], [1, 1])
+
+
+def test_roc_intervals_are_the_loop_over_the_same_draws():
+    rng = np.random.default_rng(3)
+    positive = np.array([True] * 12 + [False] * 9)
+    scores = rng.integers(0, 8, 21) + 2.0 * positive
+    draws = np.random.default_rng(7)
+    areas, rates = [], []
+    mine, other = np.sort(scores[:12])[::-1], np.sort(scores[12:])[::-1]  # the order in which the counts lie
+    first, second = draws.integers(0, 12, (50, 12)), draws.integers(0, 9, (50, 9))
+    for a, b in zip(first, second, strict=True):
+        drawn = np.concatenate([mine[a], other[b]])
+        areas.append(roc_auc_score(positive, drawn))
+        rates.append(slow_fpr(drawn, positive, 0.95))
+    found = m.roc(scores, positive).intervals(resamples=50, seed=7)
+    for interval, values in zip(found, (areas, rates), strict=True):
+        assert interval == pytest.approx(tuple(np.quantile(values, [0.025, 0.975])))
+    assert found[0][0] < m.auroc(scores, positive) < found[0][1]
+
+
+def test_balanced_accuracy_by_hand():
+    assert m.balanced_accuracy([1, 1, 0, 0, 0], [1, 1, 1, 0, 0]) == pytest.approx((2 / 3 + 1) / 2)
+    assert m.balanced_accuracy([1] * 100, [1] * 99 + [0]) == 0.5  # yes to everything is chance, however many there are
+    with pytest.raises(ValueError, match="both kinds"):
+        m.balanced_accuracy([1, 0], [1, 1])
+    with pytest.raises(ValueError, match="said has 2"):
+        m.balanced_accuracy([1, 0], [1, 0, 1])
+
+
 def test_bootstrap_mean_is_the_loop_over_the_same_draws():
     values = np.random.default_rng(0).random(30)
     rng = np.random.default_rng(5)

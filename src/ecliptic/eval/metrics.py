@@ -170,19 +170,101 @@ def softmax(logits: ArrayLike) -> Floats:
     return np.asarray(e / e.sum(-1, keepdims=True))
 
 
-def auroc(scores: ArrayLike, positive: ArrayLike) -> float:
-    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting one half."""
+class Roc(NamedTuple):
+    """How many positives and negatives have each distinct score, the highest score first; both (U,) int64.
+
+    All that a ROC curve is made of: after the first u scores it stands at (share of negatives, share of positives) so far.
+    """
+
+    positives: Ints
+    negatives: Ints
+
+    def area(self) -> float:
+        """The chance that a positive scores above a negative, ties counting one half."""
+        return float(_area(self.positives[None], self.negatives[None])[0])
+
+    def fpr(self, tpr: float = 0.95) -> float:
+        """Share of negatives let through where the curve first reaches `tpr`, straight between its points."""
+        return float(_false_positives(self.positives[None], self.negatives[None], tpr)[0])
+
+    def intervals(
+        self, tpr: float = 0.95, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+    ) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Percentile intervals of `area` and of `fpr(tpr)`; positives and negatives are each drawn anew, their numbers fixed."""
+        rng = np.random.default_rng(seed)
+        areas, rates = [], []
+        owners = [np.repeat(np.arange(len(side)), side) for side in self]
+        block = max(1, 2_000_000 // sum(map(len, owners)))
+        for first in range(0, resamples, block):
+            rows = min(block, resamples - first)
+            drawn = [_resampled(side, rows, len(self.positives), rng) for side in owners]
+            areas.append(_area(*drawn))
+            rates.append(_false_positives(*drawn, tpr))
+        return _percentiles(np.concatenate(areas), level), _percentiles(np.concatenate(rates), level)
+
+
+def roc(scores: ArrayLike, positive: ArrayLike) -> Roc:
+    """scores (N,), positive (N,) of truth values. ValueError for NaN, or unless there are positives and negatives."""
     s, y = np.asarray(scores, dtype=float).ravel(), np.asarray(positive).ravel().astype(bool)
     if s.shape != y.shape:
         raise ValueError(f"scores has {s.size} values, positive has {y.size}")
     if np.isnan(s).any():
         raise ValueError("scores holds NaN")
-    n1, n0 = int(y.sum()), int((~y).sum())
-    if not n1 or not n0:
-        raise ValueError(f"AUROC needs both kinds: there are {n1} positives and {n0} negatives")
-    _, inverse, count = np.unique(s, return_inverse=True, return_counts=True)
-    mid_rank = (np.cumsum(count) - (count - 1) / 2)[inverse]  # mean rank, from 1, of equal values
-    return float((mid_rank[y].sum() - n1 * (n1 + 1) / 2) / (n1 * n0))
+    if not y.any() or y.all():
+        raise ValueError(f"AUROC needs both kinds: there are {int(y.sum())} positives and {int((~y).sum())} negatives")
+    levels, code = np.unique(-s, return_inverse=True)
+    return Roc(*(np.bincount(code[side], minlength=len(levels)) for side in (y, ~y)))
+
+
+def auroc(scores: ArrayLike, positive: ArrayLike) -> float:
+    """Area under the ROC curve: the chance that a positive scores above a negative, ties counting one half."""
+    return roc(scores, positive).area()
+
+
+def fpr_at_tpr(scores: ArrayLike, positive: ArrayLike, tpr: float = 0.95) -> float:
+    """The share of negatives above a threshold that keeps `tpr` of the positives; lower is better.
+
+    The ROC curve is read where it first reaches `tpr`, by linear interpolation between its points, one a distinct score.
+    """
+    return roc(scores, positive).fpr(tpr)
+
+
+def balanced_accuracy(said: ArrayLike, positive: ArrayLike) -> float:
+    """said (N,) and positive (N,), truth values -> mean of the shares of positives and of negatives said right; chance is 0.5.
+
+    For a yes-or-no decision, whatever the numbers of both kinds are. ValueError where one kind is missing.
+    """
+    a, y = np.asarray(said).ravel().astype(bool), np.asarray(positive).ravel().astype(bool)
+    if a.shape != y.shape:
+        raise ValueError(f"said has {a.size} values, positive has {y.size}")
+    if not y.any() or y.all():
+        raise ValueError(f"it takes both kinds: there are {int(y.sum())} positives and {int((~y).sum())} negatives")
+    return float((a[y].mean() + (~a[~y]).mean()) / 2)
+
+
+def _area(positives: Ints, negatives: Ints) -> Floats:
+    """(R, U) counts each, highest score first -> (R,)."""
+    below = negatives.sum(1, keepdims=True) - negatives.cumsum(1)
+    wins = (positives * (below + negatives / 2)).sum(1)
+    return np.asarray(wins / (positives.sum(1) * negatives.sum(1)), dtype=float)
+
+
+def _false_positives(positives: Ints, negatives: Ints, tpr: float) -> Floats:
+    """(R, U) counts each, highest score first -> (R,)."""
+    if not 0 < tpr <= 1:
+        raise ValueError(f"tpr={tpr}: it must lie above 0 and not above 1")
+    rows = np.arange(len(positives))
+    hits, alarms = ((np.cumsum(n, 1) / n.sum(1, keepdims=True)) for n in (positives, negatives))
+    at = (hits >= tpr - 1e-12).argmax(1)  # the first point that high; sums of shares are off by a rounding error
+    share = positives[rows, at] / positives.sum(1)
+    part = np.clip(1 - (hits[rows, at] - tpr) / share, 0, 1)  # of the way from the point before
+    return np.asarray(alarms[rows, at] - (1 - part) * negatives[rows, at] / negatives.sum(1), dtype=float)
+
+
+def _resampled(owners: Ints, rows: int, levels: int, rng: np.random.Generator) -> Ints:
+    """(n,) the level of each value -> (rows, levels) counts of n values drawn from them with replacement."""
+    drawn = owners[rng.integers(0, len(owners), (rows, len(owners)))] + levels * np.arange(rows)[:, None]
+    return np.bincount(drawn.ravel(), minlength=rows * levels).reshape(rows, levels)
 
 
 def bootstrap_mean(
