@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ecliptic.core.anatomy import TOWERS, Tower, parts
 from ecliptic.core.contracts import ModelStep, Pairs
@@ -112,6 +112,23 @@ def merge(encoder: HFEncoder) -> HFEncoder:
         del model.peft_config
     model.requires_grad_(True)
     return HFEncoder(model, encoder.tokenizer, encoder.transform, encoder.name, encoder.history)
+
+
+def low_rank_additions(encoder: HFEncoder) -> dict[str, tuple[Tensor, Tensor]]:
+    """Adapted weights by their name in the plain encoder -> A (rank, in) and B (out, rank), with B A what is added to each.
+
+    The factor alpha / rank is in B.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    found = {}
+    for name, layer in encoder.named_modules():
+        if isinstance(layer, LoraLayer):
+            a, b = (getattr(layer, part)["default"].weight.detach() for part in ("lora_A", "lora_B"))
+            found[f"{name}.weight"] = (a.clone(), layer.scaling["default"] * b)
+    if not found:
+        raise ValueError(f"{encoder.name} has no adapters: add them by Lora(...).apply(encoder)")
+    return found
 
 
 def save_adapters(encoder: HFEncoder, folder: str | Path) -> Path:

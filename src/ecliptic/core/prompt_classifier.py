@@ -164,8 +164,13 @@ def labelled_views(encoder: Encoder, batch: Mapping[str, Any], classes: Tensor, 
 
 def classification_loss(views: Views, tau: float | None) -> Tensor:
     """The views of `labelled_views` -> scalar: mean over pictures of -log softmax(tau * cos)[label]."""
-    scale = (CLIP_SCALE if views.bias is None else views.scale) if tau is None else tau
+    scale = logit_scale(views.scale, views.bias, tau)
     return cross_entropy(scale * views["image"].pooled @ views.classes.T, views["label"].pooled)  # type: ignore[attr-defined]
+
+
+def logit_scale(scale: Tensor, bias: Tensor | None, tau: float | None = None) -> Tensor | float:
+    """What cosines are multiplied by: `tau`, or else CLIP's 100, or the model's own `scale` where it has a logit bias."""
+    return (CLIP_SCALE if bias is None else scale) if tau is None else tau
 
 
 def in_chunks(encode: Callable[[Tokens], Tensor], tokens: Tokens, chunk: int) -> Tensor:
