@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from ecliptic.core.contracts import Pairs, Record
 from ecliptic.core.encoder import Encoder
 from ecliptic.core.progress import Progress
+from ecliptic.data.feature_store import open_store, picture_key
 from ecliptic.data.images import open_image
 from ecliptic.data.records import unit_hash
 from ecliptic.ops.augment import random_view
@@ -85,17 +86,52 @@ def encode_views(
     """Records -> features of the plain pictures (N, d), and of their augmented views (V, N, d) unless `views` is 0.
 
     A view is a random resized crop of a share of the area within `crop`, mirrored half of the time. It depends only on
-    (seed, record id, number of the view), so neither order nor company changes it.
+    (seed, record id, number of the view), so neither order nor company changes it. Under an open
+    `data.feature_store.keeping`, only what is not kept yet is computed.
     """
     if views < 0:
         raise ValueError(f"views must be 0 or more, got {views}")
+    store = open_store()
+    if store is None:
+        rows = _encode(encoder, pairs, range(views + 1), seed, crop)
+    else:
+        cheap = list(pairs.undecoded()) if hasattr(pairs, "undecoded") else list(pairs)
+        found = [store.rows(encoder, [picture_key(r) for r in cheap], _encoder_of(encoder, pairs, 0, seed, crop))]
+        for view in range(1, views + 1):
+            keys = [
+                f"{picture_key(record)} view {seed} {record.get('id', i)} {view} {tuple(crop)}"
+                for i, record in enumerate(cheap)
+            ]
+            found.append(store.rows(encoder, keys, _encoder_of(encoder, pairs, view, seed, crop)))
+        rows = torch.stack(found)
+    return rows[0].contiguous(), rows[1:].contiguous() if views else None
+
+
+def _encoder_of(
+    encoder: Encoder, pairs: Pairs, view: int, seed: int, crop: tuple[float, float]
+) -> Callable[[list[int]], Tensor]:
+    """What computes one view of the records at some positions."""
+
+    def encode(positions: list[int]) -> Tensor:
+        wanted = set(positions)
+        if hasattr(pairs, "undecoded"):  # Records: only these are opened
+            chosen: Any = pairs[positions]  # type: ignore[index]
+        else:
+            chosen = [{"id": i, **record} for i, record in enumerate(pairs) if i in wanted]
+        return _encode(encoder, chosen, [view], seed, crop)[0]
+
+    return encode
+
+
+def _encode(encoder: Encoder, pairs: Pairs, views: Sequence[int], seed: int, crop: tuple[float, float]) -> Tensor:
+    """Records -> (V, N, d), the views with these numbers, 0 being the plain picture."""
     tower: Any = encoder
     size, side = _sizes(encoder)
 
     def items() -> Iterator[tuple[Any, str, int]]:
         for i, record in enumerate(pairs):
             image, key = record["image"], str(record.get("id", i))
-            yield from ((image, key, view) for view in range(views + 1))
+            yield from ((image, key, view) for view in views)
 
     def picture(item: tuple[Any, str, int]) -> Image.Image:
         image, key, view = item
@@ -107,10 +143,9 @@ def encode_views(
         return _framed(random_view(image, size, generator, crop), side)
 
     count = getattr(pairs, "__len__", None)
-    with Progress("encoding pictures", count() * (views + 1) if count else None, unit="pictures") as bar:
-        rows = tower.encode_images(items(), decode=picture, progress=bar.advance)
-    rows = rows.reshape(-1, views + 1, rows.shape[-1]).transpose(0, 1)
-    return rows[0].contiguous(), rows[1:].contiguous() if views else None
+    with Progress("encoding pictures", count() * len(views) if count else None, unit="pictures") as bar:
+        rows: Tensor = tower.encode_images(items(), decode=picture, progress=bar.advance)
+    return rows.reshape(-1, len(views), rows.shape[-1]).transpose(0, 1)
 
 
 @dataclass(frozen=True)
