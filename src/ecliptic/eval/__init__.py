@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ecliptic.eval.base_to_new import base_to_new
 from ecliptic.eval.dispatch import evaluate
+from ecliptic.eval.ood import ood, ood_report
 from ecliptic.eval.report import (
     BarChart,
     Commands,
@@ -42,6 +43,8 @@ __all__ = [
     "classify",
     "evaluate",
     "join",
+    "ood",
+    "ood_report",
     "retrieval",
     "zero_shot",
 ]

@@ -197,9 +197,9 @@ class Roc(NamedTuple):
         block = max(1, 2_000_000 // sum(map(len, owners)))
         for first in range(0, resamples, block):
             rows = min(block, resamples - first)
-            drawn = [_resampled(side, rows, len(self.positives), rng) for side in owners]
-            areas.append(_area(*drawn))
-            rates.append(_false_positives(*drawn, tpr))
+            yes, no = (_resampled(side, rows, len(self.positives), rng) for side in owners)
+            areas.append(_area(yes, no))
+            rates.append(_false_positives(yes, no, tpr))
         return _percentiles(np.concatenate(areas), level), _percentiles(np.concatenate(rates), level)
 
 

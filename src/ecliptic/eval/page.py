@@ -158,7 +158,10 @@ def _label(key: str) -> str:
     return _KNOWN.get(key, text[:1].upper() + text[1:])
 
 
-_KNOWN = {"ece": "Calibration error (ECE)", "top5": "Top-5 accuracy", "brier": "Brier score", "auroc": "AUROC"}
+_KNOWN = {
+    "ece": "Calibration error (ECE)", "top5": "Top-5 accuracy", "brier": "Brier score", "auroc": "AUROC",
+    "fpr95": "FPR at 95 % TPR", "ood": "Out of distribution", "msp": "MSP", "mcm": "MCM",
+}  # fmt: skip
 
 
 def _numbers(content: Numbers) -> str:
