@@ -1,10 +1,15 @@
-"""A progress bar that knows when nobody is looking: on stderr if that is a terminal, otherwise silent."""
+"""A progress bar that knows when nobody is looking: on stderr if that is a terminal, otherwise silent.
+
+Whatever takes long has one, so this is also where long work can be told to stop: see `time_limit`.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -12,6 +17,26 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 T = TypeVar("T")
+_DEADLINE: ContextVar[float | None] = ContextVar("deadline", default=None)
+_BUSY: ContextVar[bool] = ContextVar("a bar is shown", default=False)
+
+
+class OutOfTime(Exception):
+    """Work inside `time_limit` went on for too long, and was stopped at its next step."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime out of the first step of any progress bar in this block that ends later than `seconds` from now.
+
+    Of limits inside each other the earliest counts.
+    """
+    now, outer = time.monotonic(), _DEADLINE.get()
+    token = _DEADLINE.set(now + seconds if outer is None else min(outer, now + seconds))
+    try:
+        yield
+    finally:
+        _DEADLINE.reset(token)
 
 
 class Progress:
@@ -19,7 +44,7 @@ class Progress:
 
     total: how many steps there are, or None if nobody knows. unit: what the throughput counts; `units` defaults to the steps.
     start: steps already done before (a resumed job); they do not count as throughput.
-    shown: None decides by whether stderr is a terminal.
+    shown: None decides by whether stderr is a terminal. A bar inside the block of another one that is shown stays silent.
     """
 
     def __init__(
@@ -32,7 +57,8 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._began = time.perf_counter()
-        if self.shown:
+        if self.shown and not _BUSY.get():
+            self._token = _BUSY.set(True)
             from rich import progress
             from rich.console import Console
 
@@ -56,6 +82,7 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+            _BUSY.reset(self._token)
 
     @property
     def rate(self) -> float:
@@ -63,7 +90,9 @@ class Progress:
         return self.units / max(time.perf_counter() - self._began, 1e-9)
 
     def advance(self, steps: int = 1, *, units: int | None = None, note: str | None = None) -> None:
-        """Count `steps` more; `note` replaces the text at the end of the line."""
+        """Count `steps` more; `note` replaces the text at the end of the line. Raises OutOfTime past a `time_limit`."""
+        if (deadline := _DEADLINE.get()) is not None and time.monotonic() > deadline:
+            raise OutOfTime(f"{self.title}: stopped, its time is over")
         self.units += steps if units is None else units
         if self._bar is not None:
             rate = f"{self.rate:,.4g} {self.unit}/s" if self.unit else ""
