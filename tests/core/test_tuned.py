@@ -182,7 +182,9 @@ def test_changed_settings_do_not_reach_what_was_learnt():
     said = judge.predict(pixels(encoder)).scores
     judge.set_params(templates="plain", tau=3.0, size=1.0)
     assert judge.predict(pixels(encoder)).scores.equal(said)
-    assert not judge.fit(encoder, tiny_records()).predict(pixels(encoder)).scores.equal(said)
+    again = judge.fit(encoder, tiny_records()).predict(pixels(encoder)).scores
+    assert again.equal(Shaken("plain", 1.0, 3.0).fit(encoder, tiny_records()).predict(pixels(encoder)).scores)
+    assert not again.equal(said)
 
 
 def test_the_tuned_encoder_is_ones_own():

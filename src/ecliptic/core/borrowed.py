@@ -51,6 +51,18 @@ def modes(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def unchanged_buffers(module: nn.Module) -> Iterator[None]:
+    """Put every buffer (running statistics) back at the end."""
+    before = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+@contextmanager
 def only(module: nn.Module, chosen: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Only `chosen` require grad; parts without any of them stay in evaluation mode (dropout, running statistics)."""
     flags = [(p, p.requires_grad) for p in module.parameters()]

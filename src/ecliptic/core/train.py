@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set, Sized
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,15 @@ from torch import Tensor, nn
 from ecliptic.core.anatomy import TOWERS
 from ecliptic.core.averaging import Ema
 from ecliptic.core.batches import Augment, Batch, Indexed, Streamed, cheap_column, check, collate, prefetch
-from ecliptic.core.borrowed import Interrupt, modes, only, own_accelerator, own_randomness, seed_all
+from ecliptic.core.borrowed import (
+    Interrupt,
+    modes,
+    only,
+    own_accelerator,
+    own_randomness,
+    seed_all,
+    unchanged_buffers,
+)
 from ecliptic.core.checkpoint import Stateful, Store, plain
 from ecliptic.core.contracts import ModelStep, Objective, Pairs, Record
 from ecliptic.core.data_parallel import anybody, average, average_gradients, part_of, same_start
@@ -51,6 +59,21 @@ Trainable = str | Callable[[str, nn.Parameter], bool]
 LN_100 = math.log(100)  # arXiv 2103.00020, section 2.5: the logits are never scaled by more than 100
 
 _OBJECTIVE = 1 << 31  # stands where steps have the place of a batch, so that an objective's draws are no encoder's
+
+
+class GradientTransform(Protocol):
+    """Changes the gradients of an update after they were computed (and averaged over processes) and before they are clipped.
+
+    step: how many updates are done. parameters: what is trained, by name; their `.grad` is to be changed (None where nothing
+    depends on one). again: computes the gradients anew, in place, at the weights as they are then, from the same batches with
+    the same random draws, and returns the terms; buffers stay as they are. Weights must be left as they were found.
+    With mixed precision fp16, gradients are still multiplied by the loss scale, and may be infinite. Numbers that are returned
+    go into the row of the log. State that must survive an interrupt is asked for by `state_dict` and `load_state_dict`.
+    """
+
+    def __call__(
+        self, step: int, parameters: Mapping[str, nn.Parameter], again: Callable[[], Mapping[str, float]]
+    ) -> Mapping[str, float] | None: ...
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -185,6 +208,7 @@ def fit(
     settings: Settings,
     *,
     trainable: Trainable | None = None,
+    gradient_transform: GradientTransform | None = None,
     after_step: Callable[[int], None] | None = None,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     extras: Mapping[str, Stateful] | None = None,
@@ -197,18 +221,22 @@ def fit(
     loss_fn: a batch (moved to the module's device) -> named scalars, whose sum is minimised.
     batches: batch number -> batch, a pure function, called from several threads; or a sequence, taken in turn for ever.
     trainable: see `select`; all others keep their weights, buffers and evaluation mode, and requires_grad is put back afterwards.
+    gradient_transform: changes the gradients before each update, see `GradientTransform`.
     after_step: called with the number of updates done, after each (clamps, moving averages).
     evaluate: every `settings.evaluate_every` steps and at the end, in evaluation mode; its numbers go into that step's row.
     extras: further state to keep in checkpoints. identity: plain values that a checkpoint must agree with to be resumed.
 
     A row: step, loss and terms (as before the update), lr, grad_norm (before clipping), samples_per_s, waited (share of the time
-    spent waiting for data), and evaluate.
+    spent waiting for data), gradient (the numbers of `gradient_transform`), and evaluate.
     Raises NonFiniteLoss, and KeyboardInterrupt after saving a checkpoint where a folder is given.
 
     Under several processes each takes its own part of a batch (`batches` sees to that, `data_parallel.part_of` says which), all
     start from the main one's weights, and the gradients are averaged. `evaluate` runs in all, and the main one's numbers count.
     """
     get = batches if callable(batches) else _in_turn(batches)
+    extras = dict(extras or {})
+    if hasattr(gradient_transform, "state_dict"):
+        extras["gradient_transform"] = cast(Stateful, gradient_transform)
     chosen = select(module, trainable)
     device = next(iter(chosen.values())).device
     stored = Store(
@@ -216,7 +244,7 @@ def fit(
         module,
         chosen,
         identity={name: getattr(settings, name) for name in _DECISIVE} | dict(identity or {}),
-        extras=extras or {},
+        extras=extras,
         keep=settings.keep,
         resume=settings.resume,
     )
@@ -256,6 +284,19 @@ def fit(
 
                 terms = _gradients(accelerator, model, group, settings.seed, step, device)
                 average_gradients(list(chosen.values()))
+                told: dict[str, float] | None = None
+                if gradient_transform is not None:
+
+                    def again(group: Sequence[Any] = group, step: int = step) -> Mapping[str, float]:
+                        optimizer.zero_grad(set_to_none=True)
+                        with unchanged_buffers(module):
+                            found = _gradients(accelerator, model, group, settings.seed, step, device)
+                        average_gradients(list(chosen.values()))
+                        return found
+
+                    updating = True  # weights may be elsewhere for a while
+                    told = dict(gradient_transform(step, chosen, again) or {})
+                    updating = False
                 norm = float(accelerator.clip_grad_norm_(list(chosen.values()), settings.grad_clip or math.inf))
                 _require_finite(step + 1, terms, norm, stored.newest, scaled=scaler is not None)
 
@@ -275,6 +316,8 @@ def fit(
                 row: dict[str, Any] = {"step": step, "loss": sum(terms.values()), "terms": terms}
                 row |= {"lr": settings.lr * share, "grad_norm": norm, "samples_per_s": count / seconds}
                 row |= {"waited": waited / seconds}
+                if told:
+                    row["gradient"] = told
                 every = settings.evaluate_every
                 try:
                     if evaluate is not None and (step == settings.steps or (every and step % every == 0)):
@@ -420,6 +463,7 @@ class Train(Settings, ModelStep):
     ema: decay of averaged weights, which then are the result (`ecliptic.core.averaging`).
     guard: what must not be unlearnt, records or a score (`ecliptic.core.guard`). It may fall by `guard_tolerance`; beyond, a
     warning says so, and with `guard_repair` the result is the WiSE-FT interpolation that keeps most of the training and holds.
+    gradient_transform: changes the gradients before each update (`GradientTransform`).
     evaluate: encoder -> numbers for the log. device: None for the encoder's own, or a GPU if there is one.
     """
 
@@ -435,6 +479,7 @@ class Train(Settings, ModelStep):
     guard: Score | Iterable[Record] | None = field(default=None, kw_only=True)
     guard_tolerance: float = field(default=0.02, kw_only=True)  # ours
     guard_repair: bool = field(default=False, kw_only=True)
+    gradient_transform: GradientTransform | None = field(default=None, kw_only=True)
     evaluate: Callable[[Encoder], Mapping[str, float]] | None = field(default=None, kw_only=True)
     device: str | None = field(default=None, kw_only=True)
 
@@ -499,6 +544,7 @@ class Train(Settings, ModelStep):
             _Numbered(batches),
             self,
             trainable=accepts,
+            gradient_transform=self.gradient_transform,
             after_step=after_step,
             evaluate=None if self.evaluate is None and score is None else evaluate,
             extras={} if average is None else {"ema": average},
@@ -587,6 +633,8 @@ class Train(Settings, ModelStep):
         for name in ("trainable", "freeze", "augment", "collate", "ema"):
             if value := getattr(self, name):
                 said[name] = plain(value)
+        if self.gradient_transform is not None:
+            said["gradient_transform"] = describe(self.gradient_transform)
         if self.lora is not None:
             said["lora"] = self.lora.settings()
         return said
@@ -623,12 +671,12 @@ class _Numbered:
         return i, self.batches(i)
 
 
-def describe(objective: Objective) -> dict[str, Any]:
-    """An objective as plain values: its class's name and its dataclass fields (a model among them by its id)."""
+def describe(part: Any) -> dict[str, Any]:
+    """An objective, or what else a run is made of, as plain values: its class's name, its dataclass fields (models by id)."""
     values: dict[str, Any] = {}
-    if is_dataclass(objective):
-        values = {item.name: getattr(objective, item.name) for item in fields(objective)}
-    return {"name": type(objective).__name__, **plain(values)}
+    if is_dataclass(part):
+        values = {item.name: getattr(part, item.name) for item in fields(part)}
+    return {"name": type(part).__name__, **plain(values)}
 
 
 def _records(pairs: Pairs) -> list[int] | None:

@@ -75,7 +75,7 @@ def scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """A row of the log as TensorBoard's flat names."""
     for name in ("loss", "lr", "grad_norm", "samples_per_s"):
         yield name, row[name]
-    for group in ("terms", "evaluate"):
+    for group in ("terms", "gradient", "evaluate"):
         for name, value in row.get(group, {}).items():
             yield f"{group}/{name}", value
 
