@@ -132,12 +132,12 @@ def test_its_state_travels_with_the_checkpoint(tmp_path):
 
 def test_an_interrupt_inside_leaves_no_checkpoint_of_weights_elsewhere(tmp_path):
     def perturb(step: int, parameters: Mapping[str, nn.Parameter], again: Again) -> None:
-        if step == 2:
+        if step == 3:
             with torch.no_grad():
                 next(iter(parameters.values())).add_(100)
             raise KeyboardInterrupt
 
-    settings = Settings(steps=4, lr=0.01, checkpoints=tmp_path, checkpoint_every=1)
+    settings = Settings(steps=4, lr=0.01, checkpoints=tmp_path, checkpoint_every=2)
     with pytest.raises(KeyboardInterrupt):
         regression(settings, gradient_transform=perturb)
     newest = checkpoint.checkpoints(tmp_path)[-1]
