@@ -178,7 +178,7 @@ def _judge_gate(gate: Gate, mode: Mode, values: Values, seeds: Sequence[int]) ->
         pairs.append((ours, sign * max(sign * value for value in theirs if value is not None)))
     effects = [effect(a, b, mode, gate.lower) for a, b in pairs]
     mean = sum(effects) / len(effects)
-    half = _half_width(effects)
+    half = half_width(effects)
     reached = mean >= gate.margin if gate.kind != "control" else mean <= gate.margin
     return found | {
         "value": sum(a for a, _ in pairs) / len(pairs),
@@ -204,7 +204,7 @@ def effect(ours: float, theirs: float, mode: Mode, lower: bool = False) -> float
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
-def _half_width(values: Sequence[float]) -> float | None:
+def half_width(values: Sequence[float]) -> float | None:
     """Half of the 95 % Student interval of the mean over seeds, None for one seed."""
     n = len(values)
     if n < 2 or not all(map(math.isfinite, values)):

@@ -188,19 +188,25 @@ def take_shots(pairs: Pairs, shots: int, seed: int = 0) -> list[Record]:
 
     ValueError, naming the class, if there are fewer of one.
     """
+    chosen = set(rows := shot_rows(pairs, shots, seed))
+    if hasattr(pairs, "column"):
+        return list(pairs[rows])  # type: ignore[index]  # Records: only these are opened
+    return [record for i, record in enumerate(pairs) if i in chosen]
+
+
+def shot_rows(pairs: Pairs, shots: int, seed: int = 0) -> list[int]:
+    """The positions of those that `take_shots` takes, in order; opens no picture. Fewer shots are a part of more."""
     if shots < 1:
         raise ValueError(f"shots={shots}: at least one picture of each class is needed")
     names, labels = labels_of(pairs)
     ids = pairs.column("id") if hasattr(pairs, "column") else [r.get("id", i) for i, r in enumerate(pairs)]
-    chosen: set[int] = set()
+    chosen: list[int] = []
     for k, name in enumerate(names):
         rows = (labels == k).nonzero()[:, 0].tolist()
         if len(rows) < shots:
             raise ValueError(f"{name!r} has only {len(rows)} pictures, {shots} are asked for")
-        chosen |= set(sorted(rows, key=lambda i: unit_hash(seed, str(ids[i])))[:shots])
-    if hasattr(pairs, "column"):
-        return list(pairs[sorted(chosen)])  # type: ignore[index]  # Records: only these are opened
-    return [record for i, record in enumerate(pairs) if i in chosen]
+        chosen += sorted(rows, key=lambda i: unit_hash(seed, str(ids[i])))[:shots]
+    return sorted(chosen)
 
 
 def split_classes(classes: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
