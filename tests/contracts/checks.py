@@ -328,9 +328,9 @@ def objective_batch_order(case: Case, encoder: HFEncoder) -> None:
 
 
 def objective_inputs(case: Case, encoder: HFEncoder) -> None:
-    objective, records = case.tiny()
+    _, records = case.tiny()
     with untouched("encode and terms", encoder=encoder, records=list(records)):
-        _, views, batch = views_of(case, encoder)
+        objective, views, batch = views_of(case, encoder)  # bound: only then are its learnt parts there
     with untouched("terms", views={n: f.pooled for n, f in detached(views).items()}):
         objective.terms(detached(views))
     leaf = detached(views)
