@@ -22,6 +22,7 @@ from ecliptic.eval.report import (
     Number,
     Numbers,
     Picture,
+    Reliability,
     Report,
     Section,
     Table,
@@ -56,6 +57,7 @@ def everything(text="plain", path="missing.png"):
                 Gallery(pictures, text, small=True),
                 Heatmaps([Heatmap(photo(), {text: photo()}, text)], text, text, text),
                 Confusion([[3, 1], [0, 2]], [text, "b"], text),
+                Reliability([(0.5, number)], text),
                 Commands([text], text),
                 Numbers({text: number}, text),
             )
@@ -251,3 +253,16 @@ def test_reports_need_no_torch():
         "from ecliptic.eval import zero_shot, retrieval, evaluate, metrics, report; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": "src"}).returncode == 0
+
+
+def test_a_reliability_diagram_has_its_dots_where_they_belong():
+    bins = [(0.25, Number(0.5, 0.25, 0.75, n=4)), (1.0, Number(0.75, n=16))]
+    text = Report("Sure", figures=[Reliability(bins, "How sure, how right")]).to_html()
+    assert re.findall(r'<circle class="dot" cx="([\d.]+)%" cy="([\d.]+)%" r="([\d.]+)"', text) == [
+        ("25.00", "50.00", "6.0"),  # a quarter of the most pictures: half the radius above the least
+        ("100.00", "25.00", "9.0"),
+    ]
+    assert '<line class="whisker" x1="25.00%" x2="25.00%" y1="75.00%" y2="25.00%"/>' in text
+    assert text.count('class="whisker"') == 1
+    assert "said 25 %, right 0.500 of 4" in text
+    assert Report("Sure", figures=[Reliability([], "Nothing")]).to_html()

@@ -29,6 +29,7 @@ from ecliptic.eval.report import (
     Number,
     Numbers,
     Picture,
+    Reliability,
     Report,
     Section,
     Table,
@@ -145,6 +146,8 @@ def _content(content: Content) -> str:
             return _heatmaps(content)
         case Confusion():
             return _confusion(content)
+        case Reliability():
+            return _reliability(content)
         case Commands():
             return _commands(content)
     raise TypeError(f"a section cannot hold {type(content).__name__}; wrap it in one of the content types")
@@ -348,6 +351,26 @@ def _confusion(content: Confusion) -> str:
     )
 
 
+def _reliability(content: Reliability) -> str:
+    """Confidence across, share right up, dots as large as there are pictures in them, the diagonal to compare with."""
+    most = max((number.n or 0 for _, number in content.bins), default=0)
+    marks = ""
+    for confidence, number in content.bins:
+        x, y = f"{100 * confidence:.2f}%", f"{100 - 100 * number.value:.2f}%"
+        if number.low is not None and number.high is not None:
+            ends = f'y1="{100 - 100 * number.low:.2f}%" y2="{100 - 100 * number.high:.2f}%"'
+            marks += f'<line class="whisker" x1="{x}" x2="{x}" {ends}/>'
+        size = 3 + 6 * math.sqrt((number.n or 0) / most) if most else 5
+        about = f"said {100 * confidence:.0f} %, right {number.text} of {number.n}"
+        marks += f'<circle class="dot" cx="{x}" cy="{y}" r="{size:.1f}"><title>{_e(about)}</title></circle>'
+    return (
+        f'<figure class="reliability">{_caption(content.title)}<div class="plot"><span class="up">right</span>'
+        '<svg role="img" aria-label="how often answers were right, by how sure they were"><rect class="track" width="100%" '
+        f'height="100%"/><line class="diagonal" x1="0" y1="100%" x2="100%" y2="0"/>{marks}</svg>'
+        '<span class="across">how sure, from 0 to 100 %</span></div></figure>'
+    )
+
+
 def _commands(content: Commands) -> str:
     def line(text: str) -> str:
         return f'<span class="{"remark" if text.lstrip().startswith("#") else "command"}">{_e(text)}</span>'
@@ -453,6 +476,12 @@ font-variant-numeric:tabular-nums}
 .heat .card .box{height:auto;aspect-ratio:4/3}
 .legend{display:flex;align-items:center;gap:10px;margin-top:12px;font-size:.8rem;color:var(--soft)}
 .ramp{width:150px;height:10px;border-radius:5px}
+.reliability .plot{display:grid;grid-template-columns:auto 260px;gap:6px 8px;font-size:.8rem;color:var(--soft)}
+.reliability svg{width:260px;height:260px;overflow:visible}
+.reliability .up{writing-mode:vertical-rl;transform:rotate(180deg);text-align:center}
+.reliability .across{grid-column:2;text-align:center}
+.diagonal{stroke:var(--soft);stroke-width:1;stroke-dasharray:4 4}
+.dot{fill:var(--accent)}
 .confusion table{border-collapse:separate;border-spacing:2px;font-size:.8rem;font-variant-numeric:tabular-nums}
 .confusion th[scope=row]{text-align:right;font-weight:450;padding-right:8px;white-space:nowrap;max-width:14em;
 overflow:hidden;

@@ -163,6 +163,17 @@ class Confusion:
 
 
 @dataclass(frozen=True)
+class Reliability:
+    """How often answers were right, by how sure they were said to be; on the diagonal where the two agree.
+
+    bins: per bin with anything in it (mean confidence, share that was right with its interval, whose `n` counts pictures).
+    """
+
+    bins: Sequence[tuple[float, Number]]
+    title: str = ""
+
+
+@dataclass(frozen=True)
 class Commands:
     """Shell commands, as the reader can repeat them. Lines that begin with `#` are remarks."""
 
@@ -178,7 +189,7 @@ class Numbers:
     title: str = ""
 
 
-Content: TypeAlias = "str | Gallery | Table | BarChart | Heatmaps | Confusion | Commands | Numbers"
+Content: TypeAlias = "str | Gallery | Table | BarChart | Heatmaps | Confusion | Reliability | Commands | Numbers"
 
 
 @dataclass
