@@ -21,6 +21,7 @@ from ecliptic.core.prompting import text_from_embeddings, token_embeddings, with
 from ecliptic.core.zeroshot import class_prompts, mean_prompt
 
 CLIP_SCALE = 100.0  # 1 / temperature of every released CLIP; arXiv 2103.00020, section 2.5, clips it there
+DRAWN = 16  # context vectors where none are given; arXiv 2109.01134, section 4.1
 CHUNK = 256  # prompts encoded at a time where gradients are wanted; ours
 
 
@@ -104,24 +105,12 @@ class LearntContext(nn.Module, Objective):
         """The same with its context at the start, for this encoder. ValueError if `start` has another number of tokens."""
         tower = cast(HFEncoder, encoder)
         bound = LearntContext(self.classes, self.count, self.start, self.template, self.tau, self.chunk, self.seed)
-        bound.context = nn.Parameter(self._first(tower))
+        bound.context = nn.Parameter(first_context(tower, self.start, self.count, self.seed))
         bound._tokens = tower.tokenize(class_prompts(self.classes, self.template), overflow="error")
         return bound
 
-    @torch.no_grad()
-    def _first(self, encoder: HFEncoder) -> Tensor:
-        width = cast(nn.Embedding, encoder.anatomy.text.table).embedding_dim
-        if self.start is None:
-            return 0.02 * torch.randn(self.count, width, generator=torch.Generator().manual_seed(self.seed))
-        tokens = encoder.tokenize([self.start], overflow="error")
-        special = set(encoder.tokenizer.all_special_ids)
-        words = [i for i, token in enumerate(tokens.ids[0].tolist()) if token not in special]
-        if len(words) != self.count:
-            raise ValueError(f"start={self.start!r} has {len(words)} tokens, count is {self.count}: make them agree")
-        return token_embeddings(encoder, tokens)[0, words].clone()
-
     def encode(self, encoder: Encoder, batch: Mapping[str, Any]) -> Views:
-        rows = self._rows(cast(HFEncoder, encoder), self._tokens)
+        rows = class_rows(cast(HFEncoder, encoder), self.context, self._tokens, self.chunk)
         return labelled_views(encoder, batch, mean_prompt(rows, len(self.classes)), self.classes)
 
     def terms(self, views: Views) -> dict[str, Tensor]:
@@ -131,13 +120,34 @@ class LearntContext(nn.Module, Objective):
     def head(self, encoder: HFEncoder, names: Sequence[str]) -> Tensor:
         """K class names, trained on or not, -> (K, D) float32 unit rows on the CPU, as `zero_shot_head` gives them."""
         tokens = encoder.tokenize(class_prompts(names, self.template), overflow="error")
-        return self._rows(encoder, tokens).float().cpu()
+        return class_rows(encoder, self.context, tokens, self.chunk).float().cpu()
 
-    def _rows(self, encoder: HFEncoder, tokens: Tokens) -> Tensor:
-        def embed(part: Tokens) -> Tensor:
-            return text_from_embeddings(encoder, *with_context(encoder, self.context, part)).pooled
 
-        return in_chunks(embed, tokens, self.chunk)
+@torch.no_grad()
+def first_context(encoder: HFEncoder, start: str | None, count: int | None = None, seed: int = 0) -> Tensor:
+    """(count, W): the token embeddings of the words `start`, or, where that is None, draws from N(0, 0.02^2) by `seed`.
+
+    count: None takes as many as there are words, or 16 (arXiv 2109.01134, section 4.1). ValueError if both are given and differ.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"count={count}: there must be at least one context vector")
+    if start is None:
+        width = cast(nn.Embedding, encoder.anatomy.text.table).embedding_dim
+        drawn = torch.randn(DRAWN if count is None else count, width, generator=torch.Generator().manual_seed(seed))
+        return 0.02 * drawn
+    tokens = encoder.tokenize([start], overflow="error")
+    special = set(encoder.tokenizer.all_special_ids)
+    words = [i for i, token in enumerate(tokens.ids[0].tolist()) if token not in special]
+    if count is not None and len(words) != count:
+        raise ValueError(f"start={start!r} has {len(words)} tokens, count is {count}: make them agree")
+    return token_embeddings(encoder, tokens)[0, words].clone()
+
+
+def class_rows(encoder: HFEncoder, context: Tensor, tokens: Tokens, chunk: int = CHUNK) -> Tensor:
+    """Class names as tokens (K, L) -> unit rows (K, D), `context` (M, W) in front of each. Gradients flow into the context."""
+    return in_chunks(
+        lambda part: text_from_embeddings(encoder, *with_context(encoder, context, part)).pooled, tokens, chunk
+    )
 
 
 NOTHING = r"(?!)"
