@@ -8,6 +8,7 @@ from ecliptic.core.anatomy import parts
 from ecliptic.core.contracts import Tokens
 from ecliptic.core.encoder import HFEncoder
 from ecliptic.core.prompting import (
+    added_to_words,
     check_promptable,
     images_with_prompts,
     text_from_embeddings,
@@ -31,6 +32,37 @@ def test_the_tables_own_rows_give_the_plain_features(encoder):
     with torch.no_grad():
         found = text_from_embeddings(encoder, token_embeddings(encoder, tokens), tokens).pooled
         assert torch.equal(found, encoder.texts(tokens).pooled)
+
+
+def test_what_is_added_to_the_words_is_embeddings_moved_by_it(encoder):
+    """Against `text_from_embeddings`: one addition for all, one for each, and one that ends before the captions do."""
+    tokens = encoder.tokenize(CAPTIONS)
+    length, width = tokens.ids.shape[1], encoder.anatomy.text.width
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        rows = token_embeddings(encoder, tokens)
+        for shape in ((length, width), (len(CAPTIONS), length, width), (3, width), (length + 5, width)):
+            addition = torch.randn(shape, generator=generator)
+            moved = rows.clone()
+            for i in range(len(CAPTIONS)):
+                own = addition if addition.ndim == 2 else addition[i]
+                for position in range(min(length, len(own))):
+                    moved[i, position] += own[position]
+            with added_to_words(encoder, addition):
+                found = encoder.texts(tokens).pooled
+            assert_close(found, text_from_embeddings(encoder, moved, tokens).pooled)
+            assert not torch.allclose(found, encoder.texts(tokens).pooled, atol=1e-3)
+        plain = encoder.encode_texts(CAPTIONS)
+        with added_to_words(encoder, torch.zeros(length, width)):
+            assert torch.equal(encoder.encode_texts(CAPTIONS), plain)
+    assert not any(module._forward_hooks for module in encoder.modules())
+
+
+def test_what_is_added_gets_gradients(encoder):
+    addition = torch.zeros(2, encoder.anatomy.text.width, requires_grad=True)
+    with added_to_words(encoder, addition):
+        encoder.texts(encoder.tokenize(CAPTIONS)).pooled[:, 0].sum().backward()
+    assert (addition.grad.abs().sum(-1) > 0).all()
 
 
 def test_context_made_of_words_is_those_words():

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ecliptic.core.contracts import Features, Tokens
 from ecliptic.core.encoder import Encoder, HFEncoder
@@ -51,6 +52,25 @@ def text_from_embeddings(
         for layer, (start, prompt) in (deep or {}).items():
             stack.enter_context(_input(tower.blocks[layer], _replace(start, prompt)))
         return encoder.texts(tokens, **options)
+
+
+@contextmanager
+def added_to_words(encoder: HFEncoder, addition: Tensor) -> Iterator[None]:
+    """While open, the text tower reads its table's rows plus `addition`, position by position, special tokens and padding too.
+
+    addition: (L, W) for all captions, or (B, L, W), one for each of a batch of B. Positions beyond L are read as they are, and
+    what is added beyond the end of a batch is not read. With zeros the tower says what it said.
+    """
+    tower = encoder.anatomy.text
+    assert tower.table is not None
+
+    def add(seen: Tensor) -> Tensor:
+        length = min(seen.shape[1], addition.shape[-2])
+        missing = seen.shape[1] - length
+        return seen + pad(addition[..., :length, :].to(seen), (0, 0, 0, missing))
+
+    with _output(tower.table, add):
+        yield
 
 
 def with_context(
