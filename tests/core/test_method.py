@@ -54,6 +54,12 @@ def test_a_card_holds_the_literals_and_the_parts(tmp_path):
     assert card.as_dict()["file"] == str(file)
 
 
+def test_a_base_of_core_tells_its_contract_by_its_name(tmp_path):
+    write(tmp_path, "adapt", "found", GOOD.replace("class Found(Predictor)", "class Found(core.TunedPredictor)"))
+    (card,) = cards(tmp_path)
+    assert (card.name, card.kind) == ("Found", "Predictor")
+
+
 def test_a_plain_function_is_a_method(tmp_path):
     write(
         tmp_path, "detect", "op", '@method(Paper("T", url="http://x", year=1), purpose="p", claim="c")\ndef op(): ...'

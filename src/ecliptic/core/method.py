@@ -300,13 +300,17 @@ def _last_name(node: ast.expr) -> str | None:
 
 
 def _kinds(tree: ast.Module) -> dict[str, str]:
-    """Contract of every top-level class that meets one, in file order, bases within the file followed."""
+    """Contract of every top-level class that meets one, in file order, bases within the file followed.
+
+    A base from elsewhere is read by its name: core has `FeaturePredictor` and others, each named after its contract.
+    """
     kinds: dict[str, str] = {name: name for name in CONTRACTS}
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
-            inherited = [kinds[base] for base in map(_last_name, node.bases) if base in kinds]
-            if inherited:
-                kinds[node.name] = inherited[0]
+            bases = [base for base in map(_last_name, node.bases) if base]
+            inherited = [kinds.get(base) or next((c for c in CONTRACTS if base.endswith(c)), None) for base in bases]
+            if found := [kind for kind in inherited if kind]:
+                kinds[node.name] = found[0]
     return {name: kind for name, kind in kinds.items() if name not in CONTRACTS}
 
 
