@@ -82,6 +82,22 @@ def test_another_model_has_features_of_its_own(encoder):
         assert not torch.equal(before, after)
 
 
+def test_rows_that_are_not_finite_are_not_kept(encoder, tmp_path):
+    store = FeatureStore(tmp_path)
+    asked = []
+
+    def encode(positions):
+        asked.append(positions)
+        return torch.tensor([[1.0, 2.0], [float("nan"), 0.0]])[positions]
+
+    for _ in range(2):
+        rows = store.rows(encoder, ["good", "bad"], encode)
+        assert rows[0].tolist() == [1, 2]
+        assert rows[1].isnan().any()
+    assert asked == [[0, 1], [1]]
+    assert len(FeatureStore(tmp_path)) == 1
+
+
 def test_pictures_are_told_apart_by_content():
     red, green = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (4, 4), "green")
     keys = [picture_key({"image": image}) for image in (red, red.copy(), green, green.convert("L"), b"ab", b"ac")]

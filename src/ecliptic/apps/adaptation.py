@@ -91,7 +91,7 @@ def adapt(
     from ecliptic.eval.subjects import batches
     from ecliptic.eval.zero_shot import classification_report
 
-    names = _names(records, words)
+    names = words_of([str(label) for label in records.column("label")], words)
     called = records.map(lambda record: {**record, "label": names[str(record["label"])]}, images=False)
     train, test, bad = split(called, shots, held_out, seed)
     classes = tuple(sorted(set(train.column("label"))))
@@ -194,11 +194,12 @@ def split(records: Records, shots: int, held_out: int, seed: int) -> tuple[Recor
     return records[train], records[rest[:held_out]], bad
 
 
-def _names(records: Records, words: Mapping[str, str] | None) -> dict[str, str]:
-    labels = sorted({str(label) for label in records.column("label")})
-    if unknown := sorted(set(words or {}) - set(labels)):
-        raise AdaptationError(f"no class {unknown[0]!r}; there are {', '.join(labels[:20])}")
-    return {label: (words or {}).get(label, label.replace("_", " ").strip()) for label in labels}
+def words_of(labels: Sequence[str], words: Mapping[str, str] | None) -> dict[str, str]:
+    """label -> what to call it in prompts and answers. AdaptationError for words given to a label that is not there."""
+    known = sorted(set(labels))
+    if unknown := sorted(set(words or {}) - set(known)):
+        raise AdaptationError(f"no class {unknown[0]!r}; there are {', '.join(known[:20])}")
+    return {label: (words or {}).get(label, label.replace("_", " ").strip()) for label in known}
 
 
 def _counted(train: Records) -> str:

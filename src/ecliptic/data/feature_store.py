@@ -48,17 +48,21 @@ class FeatureStore:
         return len(self._rows)
 
     def rows(self, encoder: Encoder, keys: Sequence[str], encode: Callable[[list[int]], Tensor]) -> Tensor:
-        """Keys (N) -> (N, D): what is kept, and `encode(positions)` for the positions that are not."""
+        """Keys (N) -> (N, D): what is kept, and `encode(positions)` for the positions that are not.
+
+        Rows that are not finite (a picture that cannot be read) are given back and not kept.
+        """
         names = [_digest(self._id(encoder), key) for key in keys]
         missing = [i for i, name in enumerate(names) if name not in self._rows]
+        fresh: dict[str, Tensor] = {}
         if missing:
-            found = encode(missing)
-            self._add({names[i]: row.clone() for i, row in zip(missing, found, strict=True)})
-        return torch.stack([self._rows[name] for name in names])
+            fresh = {names[i]: row.clone() for i, row in zip(missing, encode(missing), strict=True)}
+            self._add({name: row for name, row in fresh.items() if bool(row.isfinite().all())})
+        return torch.stack([self._rows[name] if name in self._rows else fresh[name] for name in names])
 
     def _add(self, rows: dict[str, Tensor]) -> None:
         self._rows |= rows
-        if self.folder is not None:
+        if rows and self.folder is not None:
             with atomic_file(self.folder / f"{uuid.uuid4().hex}.features") as file:
                 file.write(save(rows))
 

@@ -97,10 +97,10 @@ def judge(answers: Mapping[str, Mapping[Fold, ArrayLike]], truth: ArrayLike, fol
     chosen = []
     for k in singles:
         inside = {
-            name: np.concatenate([_right(said[frozenset({j, k})], truth, fold == j) for j in singles if j != k] or [[]])
+            name: sum(_right(said[frozenset({j, k})], truth, fold == j).sum() for j in singles if j != k)
             for name, said in answers.items()
         }
-        best = _first_best({name: float(found.sum()) for name, found in inside.items()})
+        best = _first_best(inside)
         chosen.append(best)
         honest[fold == k] = np.asarray(answers[best][frozenset({k})])[fold == k]
     winner = _first_best({name: float(np.nansum(own)) for name, own in hits.items()})
@@ -108,7 +108,8 @@ def judge(answers: Mapping[str, Mapping[Fold, ArrayLike]], truth: ArrayLike, fol
 
 
 def _right(probabilities: Any, truth: NDArray[Any], rows: NDArray[np.bool_]) -> NDArray[np.float64]:
-    return (np.asarray(probabilities)[rows].argmax(1) == truth[rows]).astype(float)
+    found: NDArray[np.float64] = (np.asarray(probabilities)[rows].argmax(1) == truth[rows]).astype(np.float64)
+    return found
 
 
 def _first_best(score: Mapping[str, float]) -> str:
