@@ -198,7 +198,7 @@ def _ask(
     preparing = encoder or getattr(predictor, "encoder_", None)
     if preparing is None:
         raise TypeError(f"{kind} holds no encoder: pass encoder= so that pictures can be prepared")
-    scale = _scale_of(predictor, preparing) if scale is None else scale
+    scale = scale_of(predictor, preparing) if scale is None else scale
     errors: dict[int, Exception] = {}
     rows: list[int] = []
     parts: list[dict[str, NDArray[Any]]] = []
@@ -232,7 +232,8 @@ def _row(kind: str, name: str, found: Tensor, n: int) -> NDArray[Any]:
     return found.detach().cpu().numpy()
 
 
-def _scale_of(predictor: Predictor, encoder: HFEncoder) -> float:
+def scale_of(predictor: Predictor, encoder: HFEncoder) -> float:
+    """What a predictor multiplied cosines by: its own `scale_`, else 100, or with a logit bias (SigLIP) the model's own."""
     from ecliptic.core.prompt_classifier import logit_scale
 
     own = getattr(predictor, "scale_", None)
