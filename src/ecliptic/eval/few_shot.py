@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 SHOTS = (1, 2, 4, 8, 16)  # CoOp, arXiv 2109.01134, section 4.1, and all that followed it
 SEEDS = (0, 1, 2)  # same source
-COLD_SHOTS = 8  # where the cost with encoding is measured; ours
+COLD_SHOTS = 4  # where the cost with encoding is measured; ours
 
 Maker = Callable[[tuple[str, ...], int], "Predictor"]
 """(classes, seed) -> an unfitted predictor whose columns are these classes."""
@@ -82,18 +82,31 @@ class Exam:
         return encode_views(self.encoder, self.records)[0]
 
     @cached_property
-    def pixels(self) -> list[Tensor]:
-        """Batches (B, 3, H, W) in the order of the records."""
+    def pixels(self) -> Tensor:
+        """(N, 3, H, W) as the encoder's own preprocessing gives them."""
+        import torch
+
         starts = range(0, len(self.records), self.batch_size)
         runs = (self.records[start : start + self.batch_size] for start in starts)
-        return [self.encoder.preprocess([record["image"] for record in run]) for run in runs]
+        return torch.cat([self.encoder.preprocess([record["image"] for record in run]) for run in runs])
 
-    def ask(self, judge: Predictor) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-        """-> scores (N, K), and the classes of the columns. TypeError for a predictor without class scores."""
+    def batches(self, rows: NDArray[np.int64] | None = None) -> Iterator[Tensor]:
+        """Pixels of the pictures at these positions (default: all), some at a time."""
+        chosen = np.arange(len(self.labels)) if rows is None else rows
+        for start in range(0, len(chosen), self.batch_size):
+            yield self.pixels[chosen[start : start + self.batch_size]]
+
+    def ask(
+        self, judge: Predictor, rows: NDArray[np.int64] | None = None
+    ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+        """-> scores (N, K) of the pictures at these positions (default: all), and the classes of the columns.
+
+        TypeError for a predictor without class scores.
+        """
         if hasattr(judge, "predict_features"):
-            said = [judge.predict_features(self.features)]
+            said = [judge.predict_features(self.features if rows is None else self.features[rows])]
         else:
-            said = [judge.predict(pixels) for pixels in self.pixels]
+            said = [judge.predict(pixels) for pixels in self.batches(rows)]
         scores = [each.scores for each in said]
         classes = said[0].classes
         if classes is None or any(row is None for row in scores):
@@ -258,10 +271,11 @@ def _base_to_new(cell: Cell, make: Maker, encoder: HFEncoder, task: Task, draw: 
     on_base = _judged(scores[known], columns, base, [exam.labels[i] for i in known])["accuracy"]
     by_name = hasattr(judge, "for_classes")
     if by_name:
-        new_scores, new_columns = exam.ask(judge.for_classes(new))
+        new_scores, new_columns = exam.ask(judge.for_classes(new), unknown)
     else:  # what cannot know new classes leaves them to the words
-        new_scores, new_columns = (exam.features @ zero_shot_head(encoder, new, task.templates).T).numpy(), new
-    on_new = _judged(new_scores[unknown], new_columns, new, [exam.labels[i] for i in unknown])["accuracy"]
+        head = zero_shot_head(encoder, new, task.templates)
+        new_scores, new_columns = (exam.features[unknown] @ head.T).numpy(), new
+    on_new = _judged(new_scores, new_columns, new, [exam.labels[i] for i in unknown])["accuracy"]
     return {
         **cost,
         "base": on_base,
@@ -282,7 +296,7 @@ def _told_apart(
 
     said = training_free_scores(torch.from_numpy(scores), scale_of(judge, encoder))
     if isinstance(judge, ScoresTheUnknown):
-        own = [judge.ood_scores(pixels) for pixels in exam.pixels]
+        own = [judge.ood_scores(pixels) for pixels in exam.batches()]
         said |= {name: torch.cat([part[name] for part in own]) for name in own[0]}
     rows = np.concatenate([known, unknown])
     positive = np.arange(len(rows)) < len(known)
