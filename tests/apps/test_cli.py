@@ -416,7 +416,7 @@ def test_adapt_learns_saves_and_classifies(cli, model, tmp_path):
             Image.fromarray((colour + noise).astype(np.uint8)).save(folder / name / f"{i}.png")
     (folder / "dark" / "torn.png").write_bytes(b"torn")
     out = tmp_path / "predictor"
-    arguments = ["--shots", 3, "--set", "views=2", "--model", model, "--name", "dark=a dark square"]
+    arguments = ["--method", "gda", "--shots", 3, "--set", "views=2", "--model", model, "--name", "dark=a dark square"]
     value = json.loads(cli("adapt", folder, *arguments, "--out", out, "--json").stdout)
     assert value["adapted.accuracy"]["value"] == 1.0
     assert value["adapted.accuracy"]["n"] + 6 + len(value["bad"]) == 17
@@ -438,12 +438,15 @@ def test_adapt_refuses_what_it_cannot_learn_from(cli, model, pictures, tmp_path)
     picture(single / "only" / "b.png", 1)
     assert "one class only" in cli("adapt", single, "--model", model).stderr
     picture(single / "lonely" / "c.png", 2)
-    assert "'lonely' has one picture only" in cli("adapt", single, "--model", model).stderr
+    assert "'lonely' has one picture only" in cli("adapt", single, "--method", "gda", "--model", model).stderr
     picture(tmp_path / "flat" / "a.png")
     assert "no labels" in cli("adapt", tmp_path / "flat", "--model", model).stderr
     assert "did you mean gda?" in cli("adapt", pictures, "--method", "gdaa").stderr
-    assert "no setting 'vews'" in cli("adapt", pictures, "--set", "vews=2").stderr
-    assert "write name=value" in cli("adapt", pictures, "--set", "views").stderr
+    assert "did you mean linear_probe?" in cli("adapt", pictures, "--method", "gda", "--method", "linear_prob").stderr
+    assert "no setting 'vews'" in cli("adapt", pictures, "--method", "gda", "--set", "vews=2").stderr
+    assert "write name=value" in cli("adapt", pictures, "--method", "gda", "--set", "views").stderr
+    assert "--set needs one --method" in cli("adapt", pictures, "--set", "views=2").stderr
+    assert "no task 'sort'" in cli("adapt", pictures, "--task", "sort").stderr
     assert "no class 'bird'" in cli("adapt", pictures, "--name", "bird=a bird", "--model", model).stderr
 
 

@@ -147,7 +147,7 @@ def test_every_verb_takes_the_folder(cli, model, pictures, tmp_path):
         ("evaluate", out, pictures),
         ("highlight", "a cat", one, "--out", tmp_path / "map.png", "--model", out),
         ("find", "a cat", one, "--out", tmp_path / "found.png", "--model", out),
-        ("adapt", pictures, "--shots", 2, "--out", tmp_path / "predictor", "--model", out),
+        ("adapt", pictures, "--method", "gda", "--shots", 2, "--out", tmp_path / "predictor", "--model", out),
         ("classify", pictures, "--predictor", tmp_path / "predictor", "--model", out),
     ):
         answer = cli(*words)

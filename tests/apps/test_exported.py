@@ -160,7 +160,7 @@ def test_verbs_that_do_more_than_embed_take_an_export_too(cli, model, pictures, 
     assert a.keys() == b.keys()
     for key in a:
         assert b[key]["value"] == pytest.approx(a[key]["value"], abs=1e-6), key
-    both("adapt", pictures, "--shots", 2, "--model", "MODEL", "--out", tmp_path / "NAME-predictor")
+    both("adapt", pictures, "--method", "gda", "--shots", 2, "--model", "MODEL", "--out", tmp_path / "NAME-predictor")
     named = both("classify", pictures, "--predictor", tmp_path / "NAME-predictor", "--model", "MODEL")
     assert [p["label"] for p in named[0]["pictures"]] == [p["label"] for p in named[1]["pictures"]]
 

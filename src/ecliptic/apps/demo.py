@@ -433,7 +433,9 @@ def _learn(demo: Demo, shots: int, held_out: int, settings: Mapping[str, Any]) -
         demo.encoder, textiles(), predictor("gda", settings), shots=shots, held_out=held_out, words=TEXTILE_WORDS
     )
     content += _told(demo, "textiles", "Textile inspection: flawless, small defect, changed weave", cloth)
-    commands = [f"ecliptic adapt textiles --shots {shots} --held-out {held_out} {_words(TEXTILE_WORDS)}{demo.flag}"]
+    commands = [
+        f"ecliptic adapt textiles --method gda --shots {shots} --held-out {held_out} {_words(TEXTILE_WORDS)}{demo.flag}"
+    ]
     if demo.stamps is not None:
         place = demo.work / "pictures" / "stamps"
         demo.say(f"learning the kinds of stamps from {shots} pictures of each")
@@ -452,12 +454,12 @@ def _learn(demo: Demo, shots: int, held_out: int, settings: Mapping[str, Any]) -
             kinds,
         )
         commands.append(
-            f"ecliptic adapt {place.as_posix()} --shots {shots} --held-out {held_out} --set views=0 "
+            f"ecliptic adapt {place.as_posix()} --method gda --shots {shots} --held-out {held_out} --set views=0 "
             f"{_words(STAMP_WORDS)}{demo.flag}"
         )
     commands += [
         "# on a folder of your own with one sub-folder per class",
-        "ecliptic adapt parts/ --shots 8 --out parts-predictor",
+        "ecliptic adapt parts/ --out parts-predictor",
         "ecliptic classify new-pictures/ --predictor parts-predictor",
     ]
     return Section(

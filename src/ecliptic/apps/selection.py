@@ -56,16 +56,17 @@ class Candidate:
 # Cheapest first, for that is the order of trying, and of two that are equally good the earlier is chosen.
 ROSTER = (
     Candidate(WORDS, "zero_shot"),
-    Candidate("zero_shot, many prompts", "zero_shot", {"templates": "ensemble"}),
-    Candidate("gda", "gda"),
+    Candidate("zero_shot_ensemble", "zero_shot", {"templates": "ensemble"}),
+    Candidate("gda", "gda", {"views": 0, "templates": "ensemble"}),
     Candidate("linear_probe", "linear_probe"),
-    Candidate("tip_adapter", "tip_adapter"),
-    Candidate("sus_x", "sus_x"),
-    Candidate("caps_adapter", "caps_adapter"),
-    Candidate("tip_adapter_f", "tip_adapter_f"),
-    Candidate("gda, unlabelled", "gda:GdaUnlabelled", unlabelled=True, only_pictures=True),
+    Candidate("tip_adapter", "tip_adapter", {"templates": "ensemble"}),
+    Candidate("sus_x", "sus_x", {"templates": "ensemble"}),
+    Candidate("caps_adapter", "caps_adapter", {"templates": "ensemble"}),
+    Candidate("tip_adapter_f", "tip_adapter_f", {"templates": "ensemble"}),
+    Candidate("gda_unlabelled", "gda:GdaUnlabelled", unlabelled=True, only_pictures=True),
     Candidate("coop", "coop"),
-    Candidate("pseudolabel_tuning, ssl", "pseudolabel_tuning", {"paradigm": "ssl"}, unlabelled=True),
+    Candidate("pseudolabel_ssl", "pseudolabel_tuning", {"paradigm": "ssl"}, unlabelled=True),
+    Candidate("gda_views", "gda", {"views": 5, "templates": "ensemble"}),
     Candidate("mocoop", "mocoop", {"tune_vision_ln": False}),
     Candidate("clip_svd", "step_classifier", {"step": "clip_svd", "settings": {"steps": 100}}),
     Candidate("lora_tuning", "lora_tuning"),
@@ -186,7 +187,7 @@ class _Pictures:
             given = _at_most(shots, given, labels, records.column("id"), seed)
         names = words_of([str(labels[i]) for i in given], words)
         chosen = [*given, *(i for i, label in enumerate(labels) if label in (None, ""))]
-        keys, bad = _readable(encoder, records[chosen], store)
+        keys, bad = readable(encoder, records[chosen], store)
         given = [i for i, key in zip(chosen, keys, strict=True) if key and labels[i] not in (None, "")]
         loose = [i for i, key in zip(chosen, keys, strict=True) if key and labels[i] in (None, "")]
         called = [names[str(labels[i])] for i in given]
@@ -215,7 +216,7 @@ def _at_most(shots: int, rows: list[int], labels: list[Any], ids: list[str], see
     return sorted(kept)
 
 
-def _readable(encoder: HFEncoder, records: Records, store: FeatureStore) -> tuple[list[str], list[tuple[str, str]]]:
+def readable(encoder: HFEncoder, records: Records, store: FeatureStore) -> tuple[list[str], list[tuple[str, str]]]:
     """Encode every picture once. Returns the key of each, "" for those that cannot be read, which are listed with the reason."""
     import torch
 
@@ -269,9 +270,9 @@ def _try(
     seconds: list[float] = []
     for n, left_out in enumerate(plan):
         learnt = np.flatnonzero(~np.isin(fold, list(left_out)))
-        file = kept / f"{_digest(encoder, pictures, candidate, learnt)}.npz"
         remaining = left - (time.monotonic() - began)
         try:
+            file = kept / f"{_digest(encoder, pictures, candidate, learnt)}.npz"
             answers, took, entry.trained = _read_fit(file) or _measured(
                 encoder, pictures, candidate, learnt, remaining, file
             )
@@ -329,14 +330,19 @@ def _read_fit(file: Path) -> tuple[NDArray[np.float64], float, int | None] | Non
         return None
 
 
-def _fit(encoder: HFEncoder, candidate: Candidate, pictures: _Pictures, rows: NDArray[np.int64]) -> Any:
+def fit_candidate(encoder: HFEncoder, candidate: Candidate, records: Records, classes: tuple[str, ...]) -> Any:
+    """The candidate's predictor, fitted; with the templates usual for the encoder, unless it brings its own."""
     settings = dict(candidate.settings)
     known = inspect.signature(type(predictor(candidate.method, settings))).parameters
     if "templates" in known:
         settings.setdefault("templates", usual_templates(encoder))
     if candidate.only_pictures or (candidate.unlabelled and "classes" in known):
-        settings["classes"] = pictures.classes
-    return predictor(candidate.method, settings).fit(encoder, pictures.training(rows, candidate))
+        settings["classes"] = classes
+    return predictor(candidate.method, settings).fit(encoder, records)
+
+
+def _fit(encoder: HFEncoder, candidate: Candidate, pictures: _Pictures, rows: NDArray[np.int64]) -> Any:
+    return fit_candidate(encoder, candidate, pictures.training(rows, candidate), pictures.classes)
 
 
 def probabilities(

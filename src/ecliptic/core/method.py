@@ -174,8 +174,9 @@ def find(slug: str, root: Path | None = None) -> Card:
     wanted = _slug(slug)
     if wanted in known:
         return known[wanted]
-    near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.6)
-    near = near or [s for s in known if wanted and (wanted in s or s in wanted)][:3]
+    names = [*known, *(baselines() if root is None else ())]
+    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.6)
+    near = near or [s for s in names if wanted and (wanted in s or s in wanted)][:3]
     hint = f"did you mean {' or '.join(near)}?" if near else "`ecliptic methods` lists them"
     raise MethodError(f"no method {slug!r}; {hint}")
 

@@ -34,6 +34,8 @@ def classify(
 
     Probabilities are a softmax over the labels given: they compare those labels and say nothing about others.
     """
+    if predictor is None and model is not None and (Path(model) / "predictor.json").is_file():
+        predictor, model = Path(model), None  # what `adapt` saved is a model, too
     if predictor is not None and labels is not None:
         fail("give --labels or --predictor, not both: a predictor knows its labels")
     names = None if predictor is not None else labels_of(labels)
