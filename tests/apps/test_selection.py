@@ -50,8 +50,10 @@ def test_the_winner_is_fitted_on_everything_and_its_figure_is_honest(encoder, co
     assert done.counts == {"a wug": 6, "blick": 6, "dax": 6}
     assert numbers["adapted.accuracy"].value > 0.9
     assert numbers["adapted.accuracy"].n == 18
-    assert numbers["gain"].value == pytest.approx(numbers["adapted.accuracy"].value - numbers["words.accuracy"].value)
-    assert numbers["gain"].low > 0
+    assert numbers["adapted.gain"].value == pytest.approx(
+        numbers["adapted.accuracy"].value - numbers["adapted.words_alone"].value
+    )
+    assert numbers["adapted.gain"].low > 0
     assert done.winner.name in ("linear_probe", "gda")
     assert [id for id, _ in done.bad] == ["wug/torn.png"]
     assert {entry.candidate.name: len(entry.answers) for entry in done.tried} == dict.fromkeys(QUICK, 10)
@@ -119,7 +121,7 @@ def test_methods_that_need_too_long_are_left_out(encoder, colours, tmp_path, mon
     assert "time left" in {entry.candidate.name: entry.problem for entry in done.tried}["linear_probe"]
     left = next(table for table in done.report.tables if table.title == "Not in the comparison")
     assert left.rows[0][0] == "linear_probe"
-    assert done.report.numbers["gain"].value == 0
+    assert done.report.numbers["adapted.gain"].value == 0
 
 
 def test_a_method_that_fails_says_why_and_the_others_go_on(encoder, colours, tmp_path):
@@ -201,7 +203,7 @@ def test_the_command_line_chooses_saves_and_classifies(cli, model, colours, tmp_
     methods = [part for name in QUICK for part in ("--method", name)]
     value = json.loads(cli("adapt", colours, *methods, "--model", model, "--out", out, "--json").stdout)
     assert value["method"] in ("linear_probe", "gda")
-    assert value["gain"]["low"] > 0
+    assert value["adapted.gain"]["low"] > 0
     assert [entry["method"] for entry in value["tried"]] == QUICK
     assert value["bad"][0]["path"] == "wug/torn.png"
     assert (out / "report.html").is_file()

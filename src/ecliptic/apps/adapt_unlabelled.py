@@ -124,7 +124,7 @@ def _report(
 ) -> Report:
     votes = np.stack(list(answers.values()))
     split = np.array([len(np.unique(column)) for column in votes.T])
-    report = Report(f"{winner} agrees best with the others on {where}")
+    report = Report(f"{winner} agrees best with the others on {Path(where).name or where}")
     report.subtitle = f"{len(seen)} pictures without label, {len(names)} classes, {len(answers)} methods on {model}"
     report.numbers = {
         "agreement.of_the_winner": Number(agreement[winner], n=len(seen), unit=FRACTION),

@@ -391,10 +391,10 @@ def _report(
     words = found.hits[WORDS][rows]
     own = report.numbers
     report.numbers = {
-        "words.accuracy": _share(words, seed),
         "adapted.accuracy": own.pop("adapted.accuracy"),
-        "gain": _difference(hits, words, seed),
-        "calibration.ece": own.pop("adapted.ece"),
+        "adapted.words_alone": _share(words, seed),
+        "adapted.gain": _difference(hits, words, seed),
+        "adapted.ece": own.pop("adapted.ece"),
     }
     report.details |= own
     done = [entry for entry in tried if not entry.problem]
@@ -438,7 +438,7 @@ def _report(
         "of its first line is a little too good, for it was chosen by it.",
         *report.notes,
     ]
-    report.title = f"{found.winner} suits {where} best"
+    report.title = f"{found.winner} suits {Path(where).name or where} best"
     counted = f"{len(pictures.truth)} labelled pictures of {len(classes)} classes"
     loose = f", {len(pictures.loose)} without label" if len(pictures.loose) else ""
     report.subtitle = f"{counted}{loose}; {len(done)} methods on {encoder.name}, judged on pictures they had not seen"

@@ -445,7 +445,7 @@ font-variant-numeric:tabular-nums}
 .bars .plot{width:60%;padding:5px 0}
 .bars .value{padding:5px 0 5px 16px;text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .bars .value .interval{margin-left:6px}
-.scroll{overflow:auto;max-height:720px}
+.scroll{overflow:auto;max-height:960px}
 .data table{border-collapse:collapse;font-size:.9rem;min-width:min(100%,420px)}
 .data th{text-align:left;font-weight:600;color:var(--soft);font-size:.85em}
 .data th,.data td{padding:6px 20px 6px 0;border-bottom:1px solid var(--line);vertical-align:baseline}
@@ -476,7 +476,7 @@ font-variant-numeric:tabular-nums}
 .heat .card .box{height:auto;aspect-ratio:4/3}
 .legend{display:flex;align-items:center;gap:10px;margin-top:12px;font-size:.8rem;color:var(--soft)}
 .ramp{width:150px;height:10px;border-radius:5px}
-.reliability .plot{display:grid;grid-template-columns:auto 260px;gap:6px 8px;font-size:.8rem;color:var(--soft)}
+.reliability .plot{display:grid;grid-template-columns:max-content 260px;gap:6px 8px;font-size:.8rem;color:var(--soft)}
 .reliability svg{width:260px;height:260px;overflow:visible}
 .reliability .up{writing-mode:vertical-rl;transform:rotate(180deg);text-align:center}
 .reliability .across{grid-column:2;text-align:center}
