@@ -2,7 +2,14 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ecliptic.core.zeroshot import TEMPLATES, prompts, template_set, zero_shot_head, zero_shot_probabilities
+from ecliptic.core.zeroshot import (
+    TEMPLATES,
+    keeping_heads,
+    prompts,
+    template_set,
+    zero_shot_head,
+    zero_shot_probabilities,
+)
 from tests.towers import clip_encoder, dual_encoder, siglip_encoder
 
 ENCODERS = {"clip": clip_encoder, "siglip": siglip_encoder, "dual": dual_encoder}
@@ -88,3 +95,30 @@ def test_probabilities_are_the_softmax_of_scaled_cosines(kind):
     head = zero_shot_head(encoder, NAMES)
     expected = (encoder.scale.item() * image.double() @ head.double().T).softmax(-1)  # any bias cancels
     assert_close(zero_shot_probabilities(encoder, image, head), expected.float(), atol=1e-5, rtol=0)
+
+
+def test_heads_that_are_kept_are_encoded_once(monkeypatch):
+    encoder = clip_encoder()
+    plain, asked = encoder.encode_texts, []
+
+    def counting(texts, **options):
+        asked.append(len(texts))
+        return plain(texts, **options)
+
+    monkeypatch.setattr(encoder, "encode_texts", counting)
+    wanted = zero_shot_head(encoder, ["cat", "dog"], "ensemble")
+    with keeping_heads():
+        for _ in range(3):
+            head = zero_shot_head(encoder, ["cat", "dog"], "ensemble")
+            assert torch.equal(head, wanted)
+            head.zero_()  # what is given away is a copy
+        assert len(asked) == 2
+        zero_shot_head(encoder, ["dog", "cat"], "ensemble")
+        zero_shot_head(encoder, ["cat", "dog"], "photo")
+        assert len(asked) == 4
+        with torch.no_grad():
+            next(iter(encoder.model.text_model.parameters())).mul_(2)
+        assert not torch.equal(zero_shot_head(encoder, ["cat", "dog"], "ensemble"), wanted)
+        assert len(asked) == 5
+    zero_shot_head(encoder, ["cat", "dog"], "photo")
+    assert len(asked) == 6

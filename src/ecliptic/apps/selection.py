@@ -13,6 +13,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from ecliptic.apps.naming import usual_templates
 from ecliptic.core.contracts import Prediction
 from ecliptic.core.files import atomic_file
 from ecliptic.core.progress import OutOfTime, Progress, time_limit
+from ecliptic.core.zeroshot import keeping_heads
 from ecliptic.data.feature_store import FeatureStore, keeping, picture_key
 from ecliptic.data.images import ImageError
 from ecliptic.data.records import Records, unit_hash
@@ -77,13 +79,13 @@ ROSTER = (
 
 @dataclass
 class Tried:
-    """What became of a candidate. seconds: of the median fit. answers: by what was left out, (N, K) probabilities.
+    """What became of a candidate. seconds: of the median fit. answers: by what was left out; here (N, K) probabilities.
 
     problem: why there are no answers, in words.
     """
 
     candidate: Candidate
-    answers: dict[frozenset[int], NDArray[np.float64]] = field(default_factory=dict)
+    answers: dict[frozenset[int], Any] = field(default_factory=dict)
     seconds: float = 0.0
     trained: int | None = None
     problem: str = ""
@@ -125,7 +127,7 @@ def choose(
         raise AdaptationError(f"minutes={minutes}: give the methods some time")
     began = time.monotonic()
     store = FeatureStore(Path(work) / "features")
-    pictures = _Pictures.of(encoder, records, store, words, shots, seed)
+    pictures = Pictures.of(encoder, records, store, words, shots, seed)
     fold = deal(pictures.truth, folds, seed)
     if not (fold >= 0).any():
         raise AdaptationError("no class has two labelled pictures: one to learn from and one to judge on are needed")
@@ -135,7 +137,7 @@ def choose(
     roster = [c for c in roster if candidates is not None or len(pictures.loose) or not c.unlabelled]
     tried = []
     plan = fits(fold)
-    with keeping(store), Progress("trying methods", len(roster) * len(plan), unit="fits") as bar:
+    with keeping(store), keeping_heads(), Progress("trying methods", len(roster) * len(plan), unit="fits") as bar:
         for candidate in roster:
             left = np.inf if candidate.name == WORDS else 60 * minutes - (time.monotonic() - began)
             tried.append(_try(encoder, pictures, candidate, fold, plan, left, Path(work) / "fits", bar.advance))
@@ -161,7 +163,7 @@ def known_candidates(methods: Sequence[str]) -> list[Candidate]:
 
 
 @dataclass
-class _Pictures:
+class Pictures:
     """labelled: records with `label` in the words used; truth (N,): their classes; loose: readable records without label."""
 
     labelled: Records
@@ -180,7 +182,7 @@ class _Pictures:
         words: Mapping[str, str] | None,
         shots: int | None,
         seed: int,
-    ) -> _Pictures:
+    ) -> Pictures:
         labels = [record.get("label") for record in records.undecoded()]
         given = [i for i, label in enumerate(labels) if label not in (None, "")]
         if shots is not None:
@@ -256,7 +258,7 @@ def readable(encoder: HFEncoder, records: Records, store: FeatureStore) -> tuple
 
 def _try(
     encoder: HFEncoder,
-    pictures: _Pictures,
+    pictures: Pictures,
     candidate: Candidate,
     fold: NDArray[np.int64],
     plan: Sequence[frozenset[int]],
@@ -264,18 +266,40 @@ def _try(
     kept: Path,
     advance: Callable[..., None],
 ) -> Tried:
-    """All fits of a candidate, or as many as show that they do not fit into the `left` seconds."""
+    def fit(left_out: frozenset[int], remaining: float) -> tuple[Any, float, int | None]:
+        learnt = np.flatnonzero(~np.isin(fold, list(left_out)))
+        unseen = np.setdiff1d(np.arange(len(pictures.truth)), learnt)
+
+        def ask(fitted: Any) -> dict[str, NDArray[Any]]:
+            answers = np.full((len(pictures.truth), len(pictures.classes)), np.nan)
+            answers[unseen] = probabilities(fitted, encoder, pictures.labelled[unseen], pictures.classes)
+            return {"answers": answers}
+
+        file = kept / f"{_digest(encoder, pictures, candidate, learnt)}.npz"
+        said, took, trained = kept_fit(file, remaining, lambda: _fit(encoder, candidate, pictures, learnt), ask)
+        return said["answers"], took, trained
+
+    return try_fits(candidate, plan, left, fit, advance)
+
+
+def try_fits(
+    candidate: Any,
+    plan: Sequence[frozenset[int]],
+    left: float,
+    fit: Callable[[frozenset[int], float], tuple[Any, float, int | None]],
+    advance: Callable[..., None],
+) -> Tried:
+    """All fits of a candidate, or as many as show that they do not fit into the `left` seconds.
+
+    fit: what it leaves out and the seconds that remain -> (answers, seconds it took, trained numbers), as `kept_fit` gives them.
+    """
     entry = Tried(candidate)
     began = time.monotonic()
     seconds: list[float] = []
     for n, left_out in enumerate(plan):
-        learnt = np.flatnonzero(~np.isin(fold, list(left_out)))
         remaining = left - (time.monotonic() - began)
         try:
-            file = kept / f"{_digest(encoder, pictures, candidate, learnt)}.npz"
-            answers, took, entry.trained = _read_fit(file) or _measured(
-                encoder, pictures, candidate, learnt, remaining, file
-            )
+            answers, took, entry.trained = fit(left_out, remaining)
         except OutOfTime:
             entry.problem = "not in the time left"
         except (ValueError, TypeError, ImportError, ArithmeticError) as error:
@@ -295,39 +319,36 @@ def _try(
     return entry
 
 
-def _measured(
-    encoder: HFEncoder,
-    pictures: _Pictures,
-    candidate: Candidate,
-    learnt: NDArray[np.int64],
-    remaining: float,
-    file: Path,
-) -> tuple[NDArray[np.float64], float, int | None]:
+def kept_fit(
+    file: Path, remaining: float, fit: Callable[[], Any], ask: Callable[[Any], Mapping[str, NDArray[Any]]]
+) -> tuple[dict[str, NDArray[Any]], float, int | None]:
+    """What a fit says, the seconds it took and how many numbers it trained: from `file`, or else computed now and put there.
+
+    ask: the fitted -> arrays by name. OutOfTime where it takes more than the `remaining` seconds.
+    """
+    if (found := _read_fit(file)) is not None:
+        return found
     if remaining <= 0:
         raise OutOfTime
     began = time.monotonic()
-    if np.isfinite(remaining):
-        with time_limit(remaining):
-            fitted = _fit(encoder, candidate, pictures, learnt)
-    else:
-        fitted = _fit(encoder, candidate, pictures, learnt)
+    with time_limit(remaining) if np.isfinite(remaining) else nullcontext():
+        fitted = fit()
     took = time.monotonic() - began
-    answers = np.full((len(pictures.truth), len(pictures.classes)), np.nan)
-    unseen = np.setdiff1d(np.arange(len(pictures.truth)), learnt)
-    answers[unseen] = probabilities(fitted, encoder, pictures.labelled[unseen], pictures.classes)
+    said = dict(ask(fitted))
     trained = getattr(fitted, "trained_parameters_", None)
     with atomic_file(file) as handle:
-        np.savez(handle, answers=answers, seconds=took, trained=-1 if trained is None else trained)
-    return answers, took, trained
+        np.savez(handle, **said, seconds=np.array(took), trained=np.array(-1 if trained is None else trained))
+    return said, took, trained
 
 
-def _read_fit(file: Path) -> tuple[NDArray[np.float64], float, int | None] | None:
+def _read_fit(file: Path) -> tuple[dict[str, NDArray[Any]], float, int | None] | None:
     try:
         with np.load(file) as kept:
-            trained = int(kept["trained"])
-            return kept["answers"], float(kept["seconds"]), None if trained < 0 else trained
+            said = {name: kept[name] for name in kept.files}
+        seconds, trained = float(said.pop("seconds")), int(said.pop("trained"))
     except (OSError, ValueError, KeyError):
         return None
+    return said, seconds, None if trained < 0 else trained
 
 
 def fit_candidate(encoder: HFEncoder, candidate: Candidate, records: Records, classes: tuple[str, ...]) -> Any:
@@ -341,7 +362,7 @@ def fit_candidate(encoder: HFEncoder, candidate: Candidate, records: Records, cl
     return predictor(candidate.method, settings).fit(encoder, records)
 
 
-def _fit(encoder: HFEncoder, candidate: Candidate, pictures: _Pictures, rows: NDArray[np.int64]) -> Any:
+def _fit(encoder: HFEncoder, candidate: Candidate, pictures: Pictures, rows: NDArray[np.int64]) -> Any:
     return fit_candidate(encoder, candidate, pictures.training(rows, candidate), pictures.classes)
 
 
@@ -369,7 +390,7 @@ def probabilities(
     return given if whole else metrics.softmax(given)
 
 
-def _digest(encoder: HFEncoder, pictures: _Pictures, candidate: Candidate, learnt: NDArray[np.int64]) -> str:
+def _digest(encoder: HFEncoder, pictures: Pictures, candidate: Candidate, learnt: NDArray[np.int64]) -> str:
     """Equal exactly where a fit would be the same: model, method and its source, settings, pictures and labels."""
     kind = type(predictor(candidate.method, candidate.settings))
     source = Path(inspect.getfile(kind)).read_bytes()
@@ -382,7 +403,7 @@ def _digest(encoder: HFEncoder, pictures: _Pictures, candidate: Candidate, learn
 
 
 def _report(
-    encoder: HFEncoder, where: str, pictures: _Pictures, tried: Sequence[Tried], found: Nested, seed: int
+    encoder: HFEncoder, where: str, pictures: Pictures, tried: Sequence[Tried], found: Nested, seed: int
 ) -> Report:
     rows, classes = found.judged, pictures.classes
     truth, said = pictures.truth[rows], found.probabilities[found.judged]

@@ -6,8 +6,11 @@ ensemble of CLIP (arXiv 2103.00020, section 3.1.4). Everything in the toolkit th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -96,7 +99,32 @@ def zero_shot_head(
     class of it, so the default is an error. Raises as `class_prompts` does.
     """
     texts = class_prompts(names, templates)
-    return mean_prompt(encoder.encode_texts(texts, overflow=overflow), len(names))
+    kept = _HEADS.get()
+    if kept is None:
+        return mean_prompt(encoder.encode_texts(texts, overflow=overflow), len(names))
+    heads = kept.setdefault(encoder, {})
+    key = (_version(encoder), len(names), overflow, *texts)
+    if key not in heads:
+        heads[key] = mean_prompt(encoder.encode_texts(texts, overflow=overflow), len(names))
+    return heads[key].clone()
+
+
+_HEADS: ContextVar[WeakKeyDictionary[Any, dict[Any, Tensor]] | None] = ContextVar("heads", default=None)
+
+
+@contextmanager
+def keeping_heads() -> Iterator[None]:
+    """While open, `zero_shot_head` encodes the same prompts once for each encoder, and again only after a weight has changed."""
+    token = _HEADS.set(WeakKeyDictionary())
+    try:
+        yield
+    finally:
+        _HEADS.reset(token)
+
+
+def _version(encoder: Any) -> int:
+    """Grows with every write to a weight."""
+    return sum(value._version for value in encoder.parameters())
 
 
 def mean_prompt(embedded: Tensor, classes: int) -> Tensor:
