@@ -144,3 +144,46 @@ def test_params_as_scikit_learn_has_them():
     fitted = Toy(told=[1]).fit(None, [])
     copy = fitted.clone()
     assert (copy.told, learnt_by(copy)) == ([1], {})
+
+
+def nested(encoder, **settings):
+    """A predictor that holds another one deep inside what it has learnt."""
+    outer = Gda(views=0, **settings).fit(encoder, tiny_records())
+    outer.held_ = {"inner": [Gda(views=1, alpha=0.5).fit(encoder, tiny_records())]}
+    return outer
+
+
+def test_a_fitted_predictor_may_hold_another(tmp_path):
+    encoder = clip_encoder()
+    judge = nested(encoder)
+    judge.save(tmp_path / "judge", with_encoder=True)
+    for given in (encoder, None):
+        again = Gda.load(tmp_path / "judge", given)
+        (inner,) = again.held_["inner"]
+        assert type(inner) is Gda
+        assert inner.get_params() == judge.held_["inner"][0].get_params()
+        assert inner.encoder_ is again.encoder_
+        pixels = encoder.preprocess([r["image"] for r in tiny_records()])
+        expected = judge.held_["inner"][0].predict(pixels)
+        assert torch.equal(inner.predict(pixels).scores, expected.scores)
+        assert inner.predict(pixels).labels == expected.labels
+        assert not torch.equal(inner.predict(pixels).scores, again.predict(pixels).scores)
+
+
+def test_a_predictor_inside_must_be_one_that_can_be_found_again(tmp_path):
+    encoder = clip_encoder()
+    judge = nested(encoder)
+    for wrong, why in (
+        (Toy(told=1).fit(encoder, []), "could not be found again"),
+        (Gda(), "through another encoder"),
+        (Gda(views=0).fit(clip_encoder(), tiny_records()), "through another encoder"),
+    ):
+        judge.held_ = [wrong]
+        with pytest.raises(TypeError, match=rf"learnt.held_.0 .*{why}"):
+            judge.save(tmp_path / "judge")
+    empty = Gda()
+    empty.encoder_ = encoder
+    judge.held_ = empty
+    with pytest.raises(TypeError, match=r"learnt.held_ is a Gda that has learnt nothing"):
+        judge.save(tmp_path / "judge")
+    assert not (tmp_path / "judge").exists()

@@ -1,7 +1,8 @@
 """Saving a fitted predictor, and opening it again with the same answers.
 
 A saved predictor is a folder: `predictor.json` (which method, its settings, what it learnt), `predictor.safetensors` (the
-tensors among that) and, if asked for, `encoder/`. What is learnt is every public attribute that ends in one `_`.
+tensors among that) and, if asked for, `encoder/`. What is learnt is every public attribute that ends in one `_`; a fitted
+predictor of the house may be part of it, if it sees pictures through the same encoder.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def save_predictor(predictor: Predictor, folder: str | Path, *, with_encoder: bo
         "format": 1,
         "predictor": _name(type(predictor)),
         "settings": _pack(settings_of(predictor), "settings", tensors),
-        "learnt": _pack(learnt, "learnt", tensors),
+        "learnt": _pack(learnt, "learnt", tensors, encoder),
         "encoder": None if encoder is None else {"name": encoder.name, "id": encoder.id},
     }
     with atomic_folder(folder, replace=True) as draft:
@@ -88,10 +89,14 @@ def load_predictor(folder: str | Path, encoder: Encoder | None = None, kind: typ
 
         kind = get(card["predictor"])
     assert kind is not None
+    return _rebuilt(kind, card, tensors, _encoder(folder, card["encoder"], encoder))
+
+
+def _rebuilt(kind: type[Predictor], card: dict[str, Any], tensors: dict[str, Tensor], encoder: Encoder | None) -> Any:
     found = kind(**_unpack(card["settings"], tensors))
-    for name, value in _unpack(card["learnt"], tensors).items():
+    for name, value in _unpack(card["learnt"], tensors, encoder).items():
         setattr(found, name, value)
-    found.encoder_ = _encoder(folder, card["encoder"], encoder)
+    found.encoder_ = encoder
     return found
 
 
@@ -121,31 +126,56 @@ def _name(kind: type) -> str:
             return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for a value; tensors go to `tensors` under their path, tuples keep their kind."""
+def _pack(value: Any, path: str, tensors: dict[str, Tensor], encoder: Encoder | None = None) -> Any:
+    """JSON for a value; tensors go to `tensors` under their path, tuples keep their kind, predictors share the encoder."""
+    from ecliptic.core.contracts import Predictor
+
     if isinstance(value, Tensor):
         tensors[path] = value.detach().cpu().contiguous().clone()
         return {"tensor": path}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
-        return {type(value).__name__: [_pack(v, f"{path}.{i}", tensors) for i, v in enumerate(value)]}
+        return {type(value).__name__: [_pack(v, f"{path}.{i}", tensors, encoder) for i, v in enumerate(value)]}
     if isinstance(value, dict):
         return {
-            "dict": [[_pack(k, f"{path}.key", tensors), _pack(v, f"{path}.{k}", tensors)] for k, v in value.items()]
+            "dict": [
+                [_pack(k, f"{path}.key", tensors), _pack(v, f"{path}.{k}", tensors, encoder)] for k, v in value.items()
+            ]
         }
+    if isinstance(value, Predictor):
+        return {"predictor": _nested(value, path, tensors, encoder)}
     raise TypeError(
         f"{path} is a {type(value).__name__}: keep tensors, numbers, strings, lists, tuples and dicts of them"
     )
 
 
-def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _nested(value: Predictor, path: str, tensors: dict[str, Tensor], encoder: Encoder | None) -> dict[str, Any]:
+    name = _name(type(value))
+    if "." in name.partition(":")[0]:
+        raise TypeError(
+            f"{path} is a {type(value).__name__}, which could not be found again: keep methods of the house"
+        )
+    if getattr(value, "encoder_", None) is not encoder:
+        raise TypeError(f"{path} sees pictures through another encoder than what holds it: fit both on the same")
+    learnt = learnt_by(value)
+    if not learnt:
+        raise TypeError(f"{path} is a {type(value).__name__} that has learnt nothing: fit it first")
+    settings = _pack(settings_of(value), f"{path}.settings", tensors)
+    return {"predictor": name, "settings": settings, "learnt": _pack(learnt, f"{path}.learnt", tensors, encoder)}
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor], encoder: Encoder | None = None) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content]
     if kind == "dict":
-        return {_unpack(k, tensors): _unpack(v, tensors) for k, v in content}
-    items = [_unpack(v, tensors) for v in content]
+        return {_unpack(k, tensors): _unpack(v, tensors, encoder) for k, v in content}
+    if kind == "predictor":
+        from ecliptic.core.method import get
+
+        return _rebuilt(get(content["predictor"]), content, tensors, encoder)
+    items = [_unpack(v, tensors, encoder) for v in content]
     return tuple(items) if kind == "tuple" else items

@@ -9,7 +9,7 @@ method instead of K * K.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -94,17 +94,27 @@ def judge(answers: Mapping[str, Mapping[Fold, ArrayLike]], truth: ArrayLike, fol
         hits[name] = own
     size = np.asarray(next(iter(next(iter(answers.values())).values()))).shape[1]
     honest = np.full((len(truth), size), np.nan)
-    chosen = []
-    for k in singles:
-        inside = {
-            name: sum(_right(said[frozenset({j, k})], truth, fold == j).sum() for j in singles if j != k)
-            for name, said in answers.items()
-        }
-        best = _first_best(inside)
-        chosen.append(best)
+    winner, chosen = choices(
+        lambda name, left_out, j: float(_right(answers[name][left_out], truth, fold == j).sum()), list(answers), singles
+    )
+    for k, best in zip(singles, chosen, strict=True):
         honest[fold == k] = np.asarray(answers[best][frozenset({k})])[fold == k]
-    winner = _first_best({name: float(np.nansum(own)) for name, own in hits.items()})
-    return Nested(winner, hits, tuple(chosen), honest)
+    return Nested(winner, hits, chosen, honest)
+
+
+def choices(
+    worth: Callable[[str, Fold, int], float], methods: Sequence[str], folds: Sequence[int]
+) -> tuple[str, tuple[str, ...]]:
+    """The winner over all folds, and the one chosen without each of them: of the largest sum, among equals the first.
+
+    worth(method, left out, j): how good the fit of a method that has not seen the folds `left out` is on fold j, one of them. For
+    the choice without k that is asked of the fits without {j, k}, for the winner of those without {j}.
+    """
+    chosen = tuple(
+        _first_best({name: sum(worth(name, frozenset({j, k}), j) for j in folds if j != k) for name in methods})
+        for k in folds
+    )
+    return _first_best({name: sum(worth(name, frozenset({j}), j) for j in folds) for name in methods}), chosen
 
 
 def _right(probabilities: Any, truth: NDArray[Any], rows: NDArray[np.bool_]) -> NDArray[np.float64]:
