@@ -32,7 +32,9 @@ def few_shot(result: Mapping[str, Any]) -> str:
             f"**Pictures.** Open Clip Art, {len(counts)} classes: the folders of the second level that hold most pictures "
             f"and whose names are nouns in WordNet ({', '.join(counts)}). Folders are the work of many hands and overlap: "
             f"nobody will get all of them right. {judged} pictures are set aside and judge every cell; shots are drawn from "
-            f"others, {len(settings['seeds'])} seeds, and fewer shots are a part of more. Prompts: `{settings['template']}`."
+            f"others, {len(settings['seeds'])} seeds, and fewer shots are a part of more. Prompts: "
+            f"`{settings['template']}`. Methods that learn from ten augmented views of each picture get "
+            f"{settings['views']}, for the time it takes."
         ),
         "",
         *fill(
