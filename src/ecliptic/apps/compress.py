@@ -22,7 +22,7 @@ from ecliptic.core.contracts import Record
 from ecliptic.core.export import CAPTIONS, export, samples
 from ecliptic.core.exported import EXPORT_CARD, RUNTIMES, ExportedModel
 from ecliptic.core.exported_encoder import ExportedEncoder
-from ecliptic.core.files import atomic_folder
+from ecliptic.core.files import atomic_folder, require_own
 from ecliptic.core.inputs import TruncationWarning
 from ecliptic.core.int8 import FLOOR, Activations, Quantised, mean_cosine, quantise_export
 from ecliptic.core.zeroshot import class_prompts, zero_shot_head
@@ -133,8 +133,7 @@ def compress(
     ValueError for settings or data that do not make sense.
     """
     out = Path(out)
-    if out.exists() and any(out.iterdir()) and not (out / EXPORT_CARD).is_file():
-        raise FileExistsError(f"{out} holds other files: choose an empty folder")
+    require_own(out, EXPORT_CARD)
     chosen = runtime or ("openvino" if find_spec("openvino") else "onnxruntime")
     if chosen not in RUNTIMES:
         raise ValueError(f"runtime={chosen!r}: choose {' or '.join(RUNTIMES)}")

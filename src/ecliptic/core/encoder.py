@@ -30,7 +30,7 @@ from torch.nn.functional import normalize as unit
 from ecliptic.core.anatomy import Anatomy, Tower, anatomy, outputs_of, siglip_token_pool
 from ecliptic.core.contracts import Features, Tokens
 from ecliptic.core.exported import EXPORT_CARD
-from ecliptic.core.files import atomic_folder
+from ecliptic.core.files import atomic_folder, require_own
 from ecliptic.core.inputs import (
     Decode,
     Overflow,
@@ -396,8 +396,7 @@ class HFEncoder(Encoder):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that both `load` and transformers open. It appears whole or not at all."""
         folder = Path(folder)
-        if folder.exists() and not (folder / "config.json").exists() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} holds other files: choose an empty folder")
+        require_own(folder, "config.json")
         with atomic_folder(folder, replace=True) as draft:
             with _no_bars():
                 self.model.save_pretrained(draft)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
 from ecliptic.core.exported import EXPORT_CARD, FORMAT, PATCHES, ExportedModel, ExportError
-from ecliptic.core.files import atomic_folder
+from ecliptic.core.files import atomic_folder, require_own
 from ecliptic.core.inputs import TruncationWarning
 
 if TYPE_CHECKING:
@@ -76,8 +76,7 @@ def export(
     """
     _require("onnx", "onnxruntime")
     folder = Path(folder)
-    if folder.exists() and not (folder / EXPORT_CARD).exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds other files: choose an empty folder")
+    require_own(folder, EXPORT_CARD)
     if encoder.tokenizer is None or not getattr(encoder.tokenizer, "is_fast", False):
         raise ExportError(f"{encoder.name}: its tokenizer has no tokenizer.json form, so captions could not be read")
     if {value.dtype for value in encoder.parameters()} != {torch.float32}:

@@ -63,6 +63,12 @@ def atomic_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def require_own(folder: Path, card: str) -> None:
+    """FileExistsError if the folder holds anything, and no `card`, the file that says it is one that may be replaced."""
+    if folder.exists() and not (folder / card).exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} holds other files: choose an empty folder")
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power cut, where the system allows it."""
     with contextlib.suppress(OSError):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ecliptic.core.anatomy import TOWERS, Tower, parts
 from ecliptic.core.contracts import ModelStep, Pairs
 from ecliptic.core.encoder import Encoder, HFEncoder
-from ecliptic.core.files import atomic_folder
+from ecliptic.core.files import atomic_folder, require_own
 
 LAYERS = ("q", "k", "v", "out", "fc1", "fc2", "projection")
 _PREFIX = "base_model.model."  # what peft's own classes put before each name
@@ -141,8 +141,7 @@ def save_adapters(encoder: HFEncoder, folder: str | Path) -> Path:
     config = _config(encoder)
     state = _peft().get_peft_model_state_dict(encoder.model, save_embedding_layers=False)
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "adapter_config.json").exists():
-        raise FileExistsError(f"{folder} holds other files: choose an empty folder")
+    require_own(folder, "adapter_config.json")
     with atomic_folder(folder, replace=True) as draft:
         config.save_pretrained(draft)
         tensors = {_PREFIX + name: value.detach().cpu().contiguous() for name, value in state.items()}

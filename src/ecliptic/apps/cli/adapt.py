@@ -23,6 +23,7 @@ from ecliptic.apps.cli._shell import (
     note,
     warn,
 )
+from ecliptic.core.files import require_own
 
 if TYPE_CHECKING:
     from ecliptic.core.encoder import HFEncoder
@@ -83,8 +84,8 @@ def adapt(
     """
     if task not in TASKS:
         fail(f"no task {task!r}: there are {', '.join(TASKS)}")
-    if out is not None and out.exists() and any(out.iterdir()) and not (out / "predictor.json").exists():
-        fail(f"{out} holds other files: choose an empty folder")
+    if out is not None:
+        require_own(out, "predictor.json")
     words = _words(name or [])
     records = open_records(source)
     one = method[0] if method and len(method) == 1 and task == "name" else None

@@ -9,6 +9,7 @@ import typer
 
 from ecliptic.apps.cli._inputs import has, open_records
 from ecliptic.apps.cli._shell import DEFAULT_MODEL, Json, Model, emit, fail, load_model
+from ecliptic.core.files import require_own
 
 if TYPE_CHECKING:
     from ecliptic.core.encoder import HFEncoder
@@ -62,8 +63,7 @@ def train(
     data: a low learning rate, and equal captions never count as each other's negatives. With --guard DATA --repair the
     model does not unlearn what it knew. Under torchrun the processes share each batch.
     """
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
-        fail(f"{out} holds other files: choose an empty folder")
+    require_own(out, "config.json")
     if repair and guard is None:
         fail("--repair needs to know what must not be forgotten: give --guard DATA as well")
     records = open_records(source)
