@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ecliptic.core.files import atomic_folder
+from ecliptic.core.files import atomic_folder, require_own
 
 if TYPE_CHECKING:
     from ecliptic.core.contracts import Predictor
@@ -50,8 +50,7 @@ def save_predictor(predictor: Predictor, folder: str | Path, *, with_encoder: bo
     learnt = learnt_by(predictor)
     if not learnt:
         raise ValueError(f"{type(predictor).__name__} has learnt nothing yet: call fit() before save()")
-    if folder.exists() and not (folder / CARD).exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds other files: choose an empty folder")
+    require_own(folder, CARD)
     encoder = getattr(predictor, "encoder_", None)
     if with_encoder and encoder is None:
         raise ValueError("there is no encoder to save: this predictor was fitted on features")
