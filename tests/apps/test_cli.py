@@ -392,6 +392,18 @@ def test_labels_from_a_file(cli, model, pictures, tmp_path):
     assert json.loads(found.stdout)["labels"] == ["cat, tabby", "dog"]
 
 
+def test_baselines_are_listed_and_shown(cli):
+    listed = json.loads(cli("methods", "--baselines", "--json").stdout)
+    assert "linear_probe" in listed
+    assert "zero_shot" not in cli("methods").stdout
+    assert "zero_shot " in cli("methods", "--baselines").stdout
+    for slug in listed:
+        assert "(baseline)" in cli("show", slug).stdout
+    shown = json.loads(cli("show", "linear-probe", "--json").stdout)
+    assert "strength" in shown["signature"]
+    assert "did you mean linear_probe" in cli("show", "linear_prob").stderr
+
+
 def test_highlight_draws(cli, model, pictures, tmp_path):
     out = tmp_path / "map.png"
     done = cli("highlight", "a cat", pictures / "cat/0.png", "--out", out, "--model", model)

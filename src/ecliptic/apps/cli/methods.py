@@ -15,13 +15,22 @@ if TYPE_CHECKING:
 def methods(
     query: Annotated[str | None, typer.Argument(help="Words, or what you want: 'better few-shot accuracy'.")] = None,
     meaning: Annotated[bool, typer.Option("--meaning", help="Rank by meaning even if words match.")] = False,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="List what methods are compared with; `adapt` fits these, too.")
+    ] = False,
     k: Annotated[int, typer.Option("-k", min=1, help="How many to show when ranked by meaning.")] = 5,
     model: Model = DEFAULT_MODEL,
     json: Json = False,
 ) -> None:
     """List the methods in the toolkit, or those that fit a need."""
+    from ecliptic.core import method
     from ecliptic.core.method import cards
 
+    if baselines:
+        known = method.baselines()
+        wide = max(map(len, known))
+        emit(known, json, lambda: "\n".join(f"{slug:{wide}}  {text}" for slug, text in known.items()))
+        return
     found = cards()
     if query is not None and query.strip():
         words = query.lower().split()

@@ -13,12 +13,15 @@ NEEDS = True
 
 
 def show(
-    slug: Annotated[str, typer.Argument(help="A method, as `ecliptic methods` lists it.")],
+    slug: Annotated[str, typer.Argument(help="A method or a baseline, as `ecliptic methods` lists them.")],
     json: Json = False,
 ) -> None:
     """Show all about one method: paper, claim, settings, text."""
-    from ecliptic.core.method import find
+    from ecliptic.core.method import baselines, find
 
+    if (plain := slug.strip().lower().replace("-", "_")) in baselines():
+        _baseline(plain, json)
+        return
     card = find(slug)
     signature, documentation = _inside(card)
     value = {**card.as_dict(), "signature": signature, "documentation": documentation}
@@ -38,6 +41,21 @@ def show(
         return "\n".join(lines)
 
     emit(value, json, text)
+
+
+def _baseline(slug: str, json: bool) -> None:
+    """A baseline has no paper of its own and no claim."""
+    import inspect
+    from importlib import import_module
+
+    from ecliptic.core.method import get
+
+    kind = get(slug)
+    parts = (import_module(kind.__module__).__doc__ or "", kind.__doc__ or "")
+    documentation = "\n\n".join(inspect.cleandoc(part) for part in parts if part)
+    signature = f"{kind.__name__}{_signature(inspect.signature(kind))}"
+    value = {"slug": slug, "stage": "baseline", "signature": signature, "documentation": documentation}
+    emit(value, json, lambda: f"{slug} (baseline)\n\n{signature}\n\n{documentation}")
 
 
 def _inside(card: Any) -> tuple[dict[str, str], str]:
