@@ -337,7 +337,7 @@ def kept_fit(
     said = dict(ask(fitted))
     trained = getattr(fitted, "trained_parameters_", None)
     with atomic_file(file) as handle:
-        np.savez(handle, **said, seconds=np.array(took), trained=np.array(-1 if trained is None else trained))
+        np.savez(handle, **said, seconds=took, trained=-1 if trained is None else trained)  # type: ignore[arg-type]
     return said, took, trained
 
 
@@ -353,13 +353,18 @@ def _read_fit(file: Path) -> tuple[dict[str, NDArray[Any]], float, int | None] |
 
 def fit_candidate(encoder: HFEncoder, candidate: Candidate, records: Records, classes: tuple[str, ...]) -> Any:
     """The candidate's predictor, fitted; with the templates usual for the encoder, unless it brings its own."""
+    return predictor(candidate.method, usual_settings(encoder, candidate, classes)).fit(encoder, records)
+
+
+def usual_settings(encoder: HFEncoder, candidate: Candidate, classes: tuple[str, ...]) -> dict[str, Any]:
+    """The candidate's settings with what it leaves open."""
     settings = dict(candidate.settings)
     known = inspect.signature(type(predictor(candidate.method, settings))).parameters
     if "templates" in known:
         settings.setdefault("templates", usual_templates(encoder))
     if candidate.only_pictures or (candidate.unlabelled and "classes" in known):
         settings["classes"] = classes
-    return predictor(candidate.method, settings).fit(encoder, records)
+    return settings
 
 
 def _fit(encoder: HFEncoder, candidate: Candidate, pictures: Pictures, rows: NDArray[np.int64]) -> Any:
