@@ -212,6 +212,32 @@ def test_the_command_line_chooses_saves_and_classifies(cli, model, colours, tmp_
         assert {entry["label"] for entry in named["pictures"]} == {"dax"}
     text = cli("adapt", colours, *methods, "--model", model).stdout
     assert "Leaderboard" in text
-    done = cli("adapt", colours / "wug", "--labels", "wug, dax", "--method", "zero_shot", "--model", model)
-    assert "None" not in done.stdout
-    assert cli("adapt", colours / "wug", "--model", model).exit_code == 2
+
+
+def test_the_command_line_takes_pictures_of_which_some_or_none_have_labels(cli, model, colours, tmp_path):
+    for i in range(2):  # beside the class folders: unlabelled
+        (colours / "wug" / f"{i}.png").rename(colours / f"loose{i}.png")
+    methods = [part for name in QUICK for part in ("--method", name)]
+    done = cli("adapt", colours, *methods, "--model", model, "--json")
+    assert done.exit_code == 0, done.stderr
+    value = json.loads(done.stdout)
+    assert value["unlabelled"] == 2
+    assert value["shots"] == {"wug": 4, "dax": 6, "blick": 6}
+    table = tmp_path / "table.csv"
+    lines = [f"{path},{path.parent.name if i % 3 else ''}" for i, path in enumerate(sorted(colours.glob("*/*.png")))]
+    table.write_text("\n".join(["image,label", *lines]))
+    done = cli("adapt", table, *methods, "--model", model, "--json")
+    assert done.exit_code == 0, done.stderr
+    value = json.loads(done.stdout)
+    assert value["unlabelled"] == len(lines) - sum(value["shots"].values()) == 6
+    one = cli("adapt", table, "--method", "gda", "--shots", 2, "--set", "views=0", "--model", model)
+    assert "6 pictures have no label" in one.stderr
+    assert "adapted.accuracy" in one.stdout
+    none = json.loads(
+        cli(
+            "adapt", colours / "dax", "--labels", "wug, dax", "--method", "zero_shot", "--model", model, "--json"
+        ).stdout
+    )
+    assert none["unlabelled"] == 6
+    assert none["agreement.of_all"]["value"] == 1
+    assert "no labels" in cli("adapt", colours / "dax", "--model", model).stderr

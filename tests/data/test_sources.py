@@ -273,3 +273,18 @@ def test_names_a_user_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     assert open_source("./photos").ids == ["cat/a.png"]
     assert open_source(Path("photos")).ids == ["cat/a.png"]
+
+
+def test_labels_may_be_missing_where_that_is_said(tmp_path):
+    for name in ("cat/a.png", "dog/b.png", "c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    records = open_source(tmp_path, partly_labelled=True)
+    assert dict(zip(records.ids, records.column("label"))) == {"c.png": None, "cat/a.png": "cat", "dog/b.png": "dog"}
+    with pytest.raises(KeyError):
+        open_source(tmp_path).column("label")
+    table = tmp_path / "t.csv"
+    table.write_text("image,label\ncat/a.png,cat\nc.png, \n")
+    assert open_source(table, partly_labelled=True).column("label") == ["cat", None]
+    with pytest.raises(ValueError, match="line 3: the column 'label' is empty"):
+        open_source(table)

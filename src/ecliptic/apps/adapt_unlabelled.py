@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,13 +71,13 @@ def choose_unlabelled(
     """
     names = tuple(classes)
     check_classes(names)
-    began = time.monotonic()
     store = FeatureStore(Path(work) / "features")
     keys, bad = readable(encoder, records, store)
     seen = records[[i for i, key in enumerate(keys) if key]]
     if not len(seen):
         raise AdaptationError(f"none of the {len(records)} pictures can be read")
-    roster = list(ROSTER if candidates is None else candidates)
+    began = time.monotonic()
+    roster = [replace(candidate, only_pictures=True) for candidate in (ROSTER if candidates is None else candidates)]
     said: dict[str, NDArray[np.float64]] = {}
     fitted: dict[str, tuple[Candidate, Any, float]] = {}
     problems: list[list[str]] = []

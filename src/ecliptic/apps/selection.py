@@ -125,9 +125,9 @@ def choose(
     """
     if not minutes > 0:
         raise AdaptationError(f"minutes={minutes}: give the methods some time")
-    began = time.monotonic()
     store = FeatureStore(Path(work) / "features")
     pictures = Pictures.of(encoder, records, store, words, shots, seed)
+    began = time.monotonic()  # pictures are encoded whatever the time, and once
     fold = deal(pictures.truth, folds, seed)
     if not (fold >= 0).any():
         raise AdaptationError("no class has two labelled pictures: one to learn from and one to judge on are needed")

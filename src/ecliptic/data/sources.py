@@ -54,13 +54,15 @@ BUILT_IN: dict[str, Callable[[], Records]] = {
 """Sources that need no path; each is imported when it is opened."""
 
 
-def open_source(spec: str | Path) -> Records:
+def open_source(spec: str | Path, *, partly_labelled: bool = False) -> Records:
     """Records from a name or path.
 
     A built-in (`stamps`, `clipart`, `photos`, `textiles`, `scenes`: 1,000 of the test split); a folder (per class, or
     with captions beside the pictures, or saved by HF `datasets`); a `.csv`, `.tsv` or `.parquet` table; `.tar` shards
     with braces or stars; `hf:NAME` or `hf:NAME:SPLIT` for a dataset on the hub. A folder of your own that has the name of
     a built-in is written `./stamps`.
+
+    partly_labelled: a CSV may leave labels empty, and pictures may lie beside the class folders: their label is then None.
     """
     text = str(spec)
     if isinstance(spec, str) and text in BUILT_IN:
@@ -73,10 +75,10 @@ def open_source(spec: str | Path) -> Records:
         return webdataset(text)
     path = Path(text).expanduser()
     if path.is_dir():
-        return hf(path) if is_saved(path) else folder(path)
+        return hf(path) if is_saved(path) else folder(path, labels="some" if partly_labelled else None)
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv", ".parquet", ".pq"):
-        return table(path)
+        return table(path, empty_labels=partly_labelled)
     if path.exists():
         raise ValueError(f"{text}: cannot read records from a {suffix or 'file without suffix'}; {_known()}")
     raise ValueError(f"no source {text!r}{_similar(text)}; {_known()}")

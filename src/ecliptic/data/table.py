@@ -1,4 +1,4 @@
-"""A table of pictures: CSV, TSV or Parquet with a column `image` and a column `caption` or `label`."""
+"""A table of pictures: CSV, TSV or Parquet with a column `image` and a column `caption`, `label` or `value`."""
 
 from __future__ import annotations
 
@@ -28,14 +28,17 @@ def table(
     caption: str = "caption",
     label: str = "label",
     missing: Literal["error", "skip", "later"] = "error",
+    empty_labels: bool = False,
 ) -> Records:
     """The rows as records, in order.
 
     image, caption, label: names of the columns (matched without regard to case); `image` and one of the others must be
-        there. Other columns are kept under their own names. Relative image paths start at the table's own folder; in
-        Parquet the images may also be stored inside, as bytes or as {bytes, path}.
+        there, or a column `value`, a number to order pictures by. Other columns are kept under their own names. Relative
+        image paths start at the table's own folder; in Parquet the images may also be stored inside, as bytes or as
+        {bytes, path}.
     missing: what to do about image files that do not exist: refuse the table, leave the rows out, or let each raise
         `ImageError` when it is opened.
+    empty_labels: of a CSV, whether a label may be empty (it is then None) or refuses the table.
     `id` is the column of that name (its values must differ), else the image path as written, with #2, #3 ... for
     further rows of the same image. CSV: the delimiter (comma, semicolon, tab, bar) is found from the header.
     """
@@ -53,7 +56,9 @@ def table(
         for name, value in zip(columns, row, strict=True):
             record[where.get(name, name)] = value
         for field in ("image", "caption", "label"):
-            if field in record and not record[field].strip():
+            if field == "label" and empty_labels and field in record:
+                record[field] = record[field].strip() or None
+            elif field in record and not record[field].strip():
                 raise TableError(
                     f"{path}, line {line}: the column {names[field]!r} is empty; fill it or remove the row"
                 )
@@ -96,15 +101,16 @@ def _locate(path: Path, columns: list[str], names: dict[str, str]) -> dict[str, 
     """Column of the table -> field of the record, for those that have a meaning."""
     lower = {name.lower(): name for name in columns}
     found = {lower[name.lower()]: field for field, name in names.items() if name.lower() in lower}
-    if "id" in lower:
-        found.setdefault(lower["id"], "id")
+    for field in ("id", "value"):
+        if field in lower:
+            found.setdefault(lower[field], field)
     listed = ", ".join(map(repr, columns)) or "none"
     if "image" not in found.values():
         raise TableError(f"{path} has no column {names['image']!r} (it has: {listed}); rename the one with image paths")
-    if not {"caption", "label"} & set(found.values()):
-        wanted = f"{names['caption']!r} nor {names['label']!r}"
+    if not {"caption", "label", "value"} & set(found.values()):
+        wanted = f"{names['caption']!r} nor {names['label']!r} nor 'value'"
         raise TableError(
-            f"{path} has neither a column {wanted} (it has: {listed}); rename the one with the text or class"
+            f"{path} has neither a column {wanted} (it has: {listed}); rename the one with the text, class or number"
         )
     return found
 

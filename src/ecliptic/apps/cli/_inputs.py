@@ -83,7 +83,7 @@ def encode_files(encoder: HFEncoder, files: Sequence[Path], title: str) -> tuple
     return [files[i] for i in good], rows[torch.tensor(good, dtype=torch.long)], bad
 
 
-def open_records(source: str) -> Records:
+def open_records(source: str, *, partly_labelled: bool = False) -> Records:
     """A built-in source, a folder, a table, shards or a hub data set, with at least one record."""
     from ecliptic.data.sources import open_source
 
@@ -92,7 +92,7 @@ def open_records(source: str) -> Records:
     path = Path(source)
     if path.is_dir() and not any(path.iterdir()):
         raise Complaint(f"{path} is empty")
-    records = open_source(source)
+    records = open_source(source, partly_labelled=partly_labelled)
     if len(records) == 0:
         raise Complaint(f"{source} holds no records")
     return records

@@ -40,7 +40,9 @@ def adapt(
         list[str] | None,
         typer.Option(help="Fit this one and no other; several: choose among them. Default: choose among all that fit."),
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Time for trying methods; those that need more are left out.")] = 4.0,
+    minutes: Annotated[
+        float, typer.Option(help="Time for trying methods, beside encoding; those that need more are left out.")
+    ] = 4.0,
     shots: Annotated[
         int | None, typer.Option(min=1, help="Labelled pictures per class, at most. Default: all; 8 with one --method.")
     ] = None,
@@ -87,8 +89,8 @@ def adapt(
     if out is not None:
         require_own(out, "predictor.json")
     words = _words(name or [])
-    records = open_records(source)
-    one = method[0] if method and len(method) == 1 and task == "name" else None
+    records = open_records(source, partly_labelled=True)
+    one = method[0] if method and len(method) == 1 and task == "name" and labels is None else None
     if set_ and one is None:
         fail("--set needs one --method, whose setting it is")
     if task != "rank" and labels is None and not has_labels(records):
@@ -101,6 +103,10 @@ def adapt(
     from ecliptic.core.predictor_io import save_predictor
 
     if one is not None:
+        labelled = [record.get("label") not in (None, "") for record in records.undecoded()]
+        if not all(labelled):
+            warn(f"note: {labelled.count(False)} pictures have no label; one method alone is fitted on the others")
+            records = records[labelled]
         judge = adaptation.predictor(one, adaptation.parse_settings(set_ or []))
         encoder = load_model(model)
         with counting("judging") as advance:
