@@ -70,12 +70,14 @@ class LinearProbe(FeaturePredictor):
         fold = folds_of(labels, self.folds, self.seed)
         if not (fold >= 0).any():
             return self.strengths[len(self.strengths) // 2]
+        order = np.argsort(self.strengths)  # each penalty starts from the optimum of the one before, a stronger one
         hits = np.zeros(len(self.strengths))
         for k in range(int(fold.max()) + 1):
             rows, held = (fold != k).nonzero()[:, 0], (fold == k).nonzero()[:, 0]
-            for i, strength in enumerate(self.strengths):
-                model = _logistic(samples, labels, rows, strength)
-                hits[i] += (model.predict(samples[0, held].numpy()) == labels[held].numpy()).sum()
+            model = None
+            for i in order:
+                model = _logistic(samples, labels, rows, self.strengths[i], model)
+                hits[i] += (model.predict(samples[0, held].double().numpy()) == labels[held].numpy()).sum()
         return self.strengths[int(hits.argmax())]
 
     @classmethod
@@ -83,15 +85,17 @@ class LinearProbe(FeaturePredictor):
         return cls(strengths=(0.1, 10.0), folds=2), tiny_records()
 
 
-def _logistic(samples: Tensor, labels: Tensor, rows: Tensor, strength: float) -> Any:
+def _logistic(samples: Tensor, labels: Tensor, rows: Tensor, strength: float, start: Any = None) -> Any:
+    """The optimum for some rows; `start`: a model of the same rows whose weights to begin with, which is changed."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     x = samples[:, rows].flatten(0, 1).double().numpy()
     y = labels[rows].repeat(len(samples)).numpy()
+    model = start or LogisticRegression(max_iter=1000, tol=1e-4, warm_start=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # with hardly a penalty the optimum lies at infinity
-        return LogisticRegression(C=strength, max_iter=1000, tol=1e-4).fit(x, y)
+        return model.set_params(C=strength).fit(x, y)
 
 
 def _both_classes(model: Any) -> tuple[Any, Any]:
