@@ -191,6 +191,10 @@ def test_the_tuned_encoder_is_ones_own():
     encoder = clip_encoder()
     judge, before = Shaken().fit(encoder, tiny_records()), weights(encoder)
     said = judge.predict(pixels(encoder)).scores
+    assert judge.tuned_encoder().history[-1] == {
+        "step": "Shaken",
+        "args": {"templates": "photo", "size": 0.05, "tau": None},
+    }
     shake(judge.tuned_encoder(), "", 1.0)
     assert not moved(before, encoder)
     assert judge.predict(pixels(encoder)).scores.equal(said)

@@ -13,6 +13,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor
 
+from ecliptic.core.checkpoint import plain
 from ecliptic.core.contracts import Prediction, Predictor
 from ecliptic.core.encoder import Encoder, HFEncoder
 from ecliptic.core.feature_predictor import answer
@@ -74,7 +75,9 @@ class TunedPredictor(Predictor):
 
     def tuned_encoder(self) -> HFEncoder:
         """A plain encoder of its own with the tuned weights, for everything else that an encoder is good for."""
-        return self._encoder().clone()
+        own = self._encoder().clone()
+        own.record_step(type(self).__name__, plain(self.get_params()))
+        return own
 
     def _keep(self, encoder: Encoder, classes: Sequence[str], state: Mapping[str, Tensor], trained: int) -> Self:
         """What `fit` learnt. state: see the class; tensors are taken to the CPU. trained: how many numbers were trained."""
