@@ -77,9 +77,7 @@ class CapsAdapter(SupportPredictor):
     kl_space: KlSpace = "class"  # "feature": as released
     normalise_modalities: bool = False  # bring both kinds of cosines to one range, for SigLIP-like towers
     views: int = 10  # augmented views averaged into the key of a real picture (Tip-Adapter); 0: the picture as it is
-    folds: int = (
-        4  # without validation pictures, weights are cross-validated over real shots; 0: label-free defaults; ours
-    )
+    folds: int = 4  # parts for cross-validation over real shots, without validation; 0: label-free weights; ours
     seed: int = 0
 
     def fit(self, encoder: Encoder, pairs: Pairs, validation: Pairs | None = None) -> Self:
