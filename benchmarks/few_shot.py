@@ -74,9 +74,11 @@ TEMPLATE = "a drawing of {}."  # for all that take prompts; folders are named in
 VIEWS = 4  # augmented views of each picture, where a method's own number is 10: less than half the time, for all alike
 LIMIT = 90.0  # seconds for one fit
 
+NAMES, UNSEEN = "names alone", "pictures alone"
 DRAWS: dict[str, Draw] = {
     "labels": episode,
-    "pictures alone": unlabelled_episode,
+    NAMES: episode,  # it has to be given some, and opens none
+    UNSEEN: unlabelled_episode,
     "labels, and the rest of the pool without": semi_supervised_episode,
 }
 
@@ -213,13 +215,12 @@ def linear_discriminant() -> Any:
 
 
 PEERS: dict[str, Callable[[], Any]] = {
-    "scikit-learn LogisticRegression()": logistic_regression,
-    'scikit-learn LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")': linear_discriminant,
+    "scikit-learn, LogisticRegression": logistic_regression,
+    "scikit-learn, LDA with shrinkage": linear_discriminant,
 }
 
-UNSEEN = "pictures alone"
 VARIANTS: dict[str, tuple[Variant, ...]] = {
-    "zero_shot": (Variant(), Variant("prompt ensemble", {"templates": "ensemble"})),
+    "zero_shot": (Variant(sees=NAMES), Variant("prompt ensemble", {"templates": "ensemble"}, NAMES)),
     "coop": (Variant(settings={"start": "a drawing of"}),),
     "step_classifier": (Variant("clip_svd, 100 steps", {"step": "clip_svd", "settings": {"steps": 100}}),),
     "gda:GdaNewClasses": (Variant(wrap=BothHalves, only="base_to_new"),),
@@ -234,7 +235,7 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
             "labels, and the rest of the pool without",
         ),
     ),
-    "perceptionclip": (Variant("medium", {"template": "a drawing of {}"}),),
+    "perceptionclip": (Variant("medium", {"template": "a drawing of {}"}, NAMES),),
 }
 """Rows of those that need other settings than `classes`, `templates` and `seed`, or come in several forms."""
 
@@ -258,7 +259,9 @@ class Entry:
         return hashlib.blake2b("\0".join(parts).encode(), digest_size=6).hexdigest()
 
     def cells(self) -> list[Cell]:
-        return [cell for cell in cells(SHOTS, SEEDS) if self.only in ("", cell.kind)]
+        """What is to be measured: of what sees no pictures, one of each kind."""
+        found = cells(SHOTS, SEEDS) if self.sees != NAMES else cells((max(SHOTS),), (min(SEEDS),))
+        return [cell for cell in found if self.only in ("", cell.kind)]
 
 
 def entries() -> list[Entry]:
@@ -326,14 +329,18 @@ class Runner:
         return None if found is not None and found.get("commit", self.commit) != self.commit else found
 
     def done(self, entry: Entry) -> dict[Cell, Found]:
-        found = {cell: self.get(entry, cell) for cell in entry.cells()}
-        return {cell: each for cell, each in found.items() if each is not None and "seconds" in each}
+        """What was measured; of what sees no pictures, the same for all shots and seeds."""
+        found = {cell: each for cell in entry.cells() if (each := self.get(entry, cell)) and "seconds" in each}
+        if entry.sees == NAMES:
+            kinds = {cell.kind: each for cell, each in found.items()}
+            return {cell: kinds[cell.kind] for cell in cells(SHOTS, SEEDS) if cell.kind in kinds}
+        return found
 
     def why_not(self, entry: Entry, cell: Cell) -> str:
         """Why a cell is not tried, or nothing: an error, or the time it would take."""
         for other in entry.cells():
             each = self.get(entry, other)
-            if each is not None and "error" in each:
+            if each is not None and "error" in each and (other.kind, other.shots) == (cell.kind, cell.shots):
                 return str(each["error"])
             if each is not None and "stopped" in each and other.shots <= cell.shots:
                 return f"stopped after {each['stopped']:.0f} s at {other.shots} shots"
@@ -341,13 +348,15 @@ class Runner:
         return f"would take about {seconds:.0f} s" if seconds > self.limit else ""
 
     def expected(self, entry: Entry, cell: Cell, what: str = "seconds") -> float:
-        """Seconds of a fit (or all that is `spent` on the cell), from what is known of the method; in proportion to the shots
-        once a fit takes long. 5 where nothing is known."""
+        """Seconds of a fit (or all that is `spent` on the cell), from what is known of the method; 5 where nothing is.
+
+        Once a fit takes long, with the root of the shots: some train for so many steps, others for so many epochs.
+        """
         known = [(other.shots, each[what]) for other, each in self.done(entry).items() if other.kind != "cold"]
         if not known:
-            return 5.0
+            return 5.0 * math.sqrt(cell.shots / 4)
         near = min(known, key=lambda pair: abs(math.log(pair[0] / cell.shots)))
-        ratio = cell.shots / near[0]
+        ratio = math.sqrt(cell.shots / near[0])
         return near[1] * (max(1.0, ratio) if near[1] > 5 else 1.0)
 
     def worth(self, cell: Cell) -> float:
@@ -370,12 +379,15 @@ class Runner:
         began = time.process_time()
         found: Found
         try:
-            with time_limit(
-                3 * self.limit
-            ):  # of the clock: the machine may have other work, and pictures are to be judged too
+            # of the clock: the machine may have other work, and pictures are to be judged too
+            with time_limit(2 * self.limit):
                 found = run_cell(cell, entry.make, self.task.exam.encoder, self.task, DRAWS[entry.sees])
-        except OutOfTime:
+        except (OutOfTime, KeyboardInterrupt) as stop:
             found = {"stopped": time.process_time() - began}
+            if isinstance(stop, KeyboardInterrupt):
+                if found["stopped"] > self.limit:  # else it is left to the next run
+                    self.journal.add(self.key(entry, cell), found | {"spent": found["stopped"]})
+                raise
         except Exception as error:  # a method that fails is a row that says so, and the others go on
             found = {"error": f"{type(error).__name__}: {error}", "commit": self.commit}
         found["spent"] = time.process_time() - began
@@ -393,44 +405,27 @@ def prepare(task: Task) -> None:
 # Reporting
 
 TIP, COOP, GDA, UNLABELLED = "2111.03930", "2109.01134", "2402.04087", "2306.01669"
+SVD, GRIP = "step_classifier, clip_svd, 100 steps", "pseudolabel_tuning, grip"
 PAPERS = (  # better, than, metric, whose claim if not that of the first, what it says
-    ("tip_adapter", "zero_shot", "accuracy", TIP, "a cache of a few pictures, without training, beats words alone"),
+    ("tip_adapter", "zero_shot", "accuracy", TIP, "a cache of a few pictures beats words alone, without training"),
     ("tip_adapter_f", "tip_adapter", "accuracy", TIP, "training the cache's keys beats leaving them"),
     ("coop", "zero_shot", "accuracy", COOP, "learnt prompts beat handcrafted ones"),
-    ("coop", "linear_probe", "accuracy", COOP, "and a linear probe, most with few shots"),
+    ("coop", "linear_probe", "accuracy", COOP, "learnt prompts beat a linear probe, most with few shots"),
     ("gda", "tip_adapter", "accuracy", GDA, "Gaussians with one covariance beat a cache"),
-    ("gda", "zero_shot", "accuracy", GDA, "and words alone"),
-    ("gda:GdaUnlabelled", "zero_shot", "accuracy", GDA, "without labels it still beats words alone"),
-    ("gda:GdaNewClasses", "zero_shot", "new", GDA, "for classes known by name only, too"),
+    ("gda", "zero_shot", "accuracy", GDA, "Gaussians with one covariance beat words alone"),
+    ("gda:GdaUnlabelled", "zero_shot", "accuracy", GDA, "without labels, too, they beat words alone"),
+    ("gda:GdaNewClasses", "zero_shot", "new", GDA, "for classes known by name only, too, they beat words alone"),
     ("glad", "lora_tuning", "harmonic_mean", "", "a regularised gradient generalises better than plain LoRA"),
-    ("glad", "lora_tuning", "elsewhere", "", "in another domain, too"),
+    ("glad", "lora_tuning", "elsewhere", "", "a regularised gradient generalises better than plain LoRA"),
     ("mocoop", "coop", "accuracy", "", "a mixture of prompts beats a single one"),
-    ("mocoop", "coop", "new", "", "and forgets less of classes that it was not shown"),
+    ("mocoop", "coop", "new", "", "a mixture of prompts forgets less of classes that it was not shown"),
     ("caps_adapter", "sus_x", "accuracy", "", "captions among the keys beat TIP-X"),
     ("sus_x", "tip_adapter", "accuracy", "2211.16198", "comparing by words as well (TIP-X) beats a plain cache"),
-    (
-        "pseudolabel_tuning, grip",
-        "pseudolabel_tuning, fpl",
-        "accuracy",
-        UNLABELLED,
-        "pseudolabels in growing number beat few",
-    ),
-    ("pseudolabel_tuning, grip", "zero_shot", "accuracy", UNLABELLED, "and words alone"),
+    (GRIP, "pseudolabel_tuning, fpl", "accuracy", UNLABELLED, "pseudolabels in growing number beat a few fixed ones"),
+    (GRIP, "zero_shot", "accuracy", UNLABELLED, "tuning on the model's own answers beats words alone"),
     ("nola", "zero_shot", "accuracy", "", "tuning without labels beats words alone"),
-    (
-        "step_classifier, clip_svd, 100 steps",
-        "coop",
-        "accuracy",
-        "2509.03740",
-        "tuning singular values beats learnt prompts",
-    ),
-    (
-        "step_classifier, clip_svd, 100 steps",
-        "lora_tuning",
-        "harmonic_mean",
-        "2509.03740",
-        "and LoRA, on new classes too",
-    ),
+    (SVD, "coop", "accuracy", "2509.03740", "tuning singular values beats learnt prompts"),
+    (SVD, "lora_tuning", "harmonic_mean", "2509.03740", "tuning singular values generalises better than LoRA"),
     ("wise_ft_tuning", "full_tuning", "elsewhere", "2109.01903", "averaged weights hold better in another domain"),
     ("perceptionclip, medium", "zero_shot", "accuracy", "", "saying the context beats leaving it unsaid"),
 )
@@ -470,7 +465,7 @@ def report(runner: Runner, found: Sequence[Entry]) -> dict[str, Any]:
                 "digest": entry.digest,
                 "new classes by": ", ".join(sorted(by)),
                 "numbers": {key: number.to_json() for key, number in summary(done, len(task.exam.labels)).items()},
-                "seeds": {str(k): sum(c.kind == "shots" and c.shots == k for c in done) for k in SHOTS},
+                "seeds": dict(Counter(f"{cell.kind} {cell.shots}" for cell in done)),
                 "missing": missing,
                 "cells": [[*cell, _rounded(each)] for cell, each in done.items()],
             }

@@ -45,10 +45,10 @@ def few_shot(result: Mapping[str, Any]) -> str:
         ),
         "",
         *fill(
-            f"Intervals: 95 %, Student over seeds; with three seeds they are wide, and with one there is none. {judged} "
-            f"pictures judge, so a single figure carries a standard error of about {100 * (0.24 / judged) ** 0.5:.1f} "
-            "points for the choice of pictures, which all rows share. Differences on the same draws, in the last section "
-            "but one, are what to trust."
+            "Intervals: 95 %, Student over the three seeds, which makes them wide; where fewer are measured their number "
+            f"stands in brackets. {judged} pictures judge, so a single figure carries a standard error of about "
+            f"{100 * (0.24 / judged) ** 0.5:.1f} points for the choice of pictures, which all rows share. Differences on "
+            "the same draws, in the last section but one, are what to trust."
         ),
         "",
         *accuracy(rows, settings["shots"]),
@@ -106,7 +106,7 @@ def elsewhere(rows: Sequence[Row]) -> list[str]:
             "accuracy (expected calibration error of the softmax, 15 bins, percent; lower is better)."
         ),
         "",
-        *header("method", *(f"stamps, {k} shots" for k in shots), *(f"calibration, {k} shots" for k in shots)),
+        *header("method", *(f"{what}, {counted(k)}" for what in ("stamps", "calibration") for k in shots)),
     ]
     for row in ranked:
         errors = (share(row, f"few_shot.ece[{k}]") for k in shots)
@@ -180,7 +180,7 @@ def against_papers(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
     groups: dict[str, list[str]] = {"against": [], "open": [], "as said": []}
     for pair in pairs:
         gaps = pair["by shots"]
-        told = "; ".join(f"{difference(gap)} at {k} {'shot' if k == '1' else 'shots'}" for k, gap in gaps.items())
+        told = "; ".join(f"{difference(gap)} at {counted(int(k))}" for k, gap in gaps.items())
         source = f" ([paper]({pair['link']}))" if pair["link"] else ""
         where = {"accuracy": "", "elsewhere": ", in the other domain", "new": ", on new classes"}
         where |= {"harmonic_mean": ", harmonic mean of base and new classes"}
@@ -209,10 +209,10 @@ def against_papers(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def verdict(gaps: Sequence[Mapping[str, Any]]) -> str:
-    """By the mean over shots, and by whether any interval leaves out 0."""
+    """By the mean over shots, and by whether any interval of three seeds leaves out 0."""
     mean = sum(gap["mean"] for gap in gaps) / len(gaps)
-    clearly_up = any(gap["low"] is not None and gap["low"] > 0 for gap in gaps)
-    clearly_down = any(gap["high"] is not None and gap["high"] < 0 for gap in gaps)
+    clearly_up = any(gap["seeds"] > 2 and gap["low"] > 0 for gap in gaps)
+    clearly_down = any(gap["seeds"] > 2 and gap["high"] < 0 for gap in gaps)
     if mean > 0 and clearly_up and not clearly_down:
         return "as said"
     return "against" if mean < 0 and not clearly_up else "open"
@@ -221,12 +221,17 @@ def verdict(gaps: Sequence[Mapping[str, Any]]) -> str:
 def missing(rows: Sequence[Row]) -> list[str]:
     told = []
     for row in rows:
-        reasons: dict[str, list[str]] = {}
+        if not row["cells"]:
+            told.append(f"- `{row['name']}`: nothing ({'; '.join(dict.fromkeys(row['missing'].values()))}).")
+            continue
+        reasons: dict[str, dict[str, list[str]]] = {}
         for cell, why in row["missing"].items():
             kind, shots, seed = cell.split()
-            what = {"shots": f"{shots} shots", "base_to_new": "new classes", "cold": "cost with encoding"}[kind]
-            reasons.setdefault(why, []).append(what if kind == "cold" else f"{what}, seed {seed}")
-        told += [f"- `{row['name']}`: {'; '.join(cells)} ({why})." for why, cells in reasons.items()]
+            what = {"shots": counted(int(shots)), "base_to_new": "new classes", "cold": "cost with encoding"}[kind]
+            reasons.setdefault(why, {}).setdefault(what, []).append(seed)
+        for why, cells in reasons.items():
+            listed = "; ".join(f"{what}, seed {' and '.join(seeds)}" for what, seeds in cells.items())
+            told.append(f"- `{row['name']}`: {listed} ({why}).")
     if not told:
         return []
     lines = ["## Not measured", "", "Rows that lack cells rest on fewer seeds, or shots, than the others.", ""]
@@ -247,12 +252,27 @@ def value(row: Row, key: str, otherwise: float = 0.0) -> float:
 
 
 def share(row: Row, key: str) -> str:
-    """`61.2 (58.0 to 64.4)`, percent, or nothing where it was not measured."""
+    """`61.2 (58.0 to 64.4)`, percent, or nothing where it was not measured; of fewer than three seeds, their number instead."""
     found = row["numbers"].get(key)
     if found is None:
         return ""
     text = f"{100 * found['value']:.1f}"
-    return text if found["low"] is None else f"{text} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+    if row["sees"] == "names alone":
+        return text
+    seeds = row["seeds"].get(cell_of(key), 1)
+    if seeds < 3:
+        return f"{text} [{seeds}]"
+    return f"{text} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+
+
+def cell_of(key: str) -> str:
+    """The kind and the shots of the cells that a number comes from."""
+    shots = key.partition("[")[2].rstrip("]")
+    return f"shots {shots}" if shots else "base_to_new 16"
+
+
+def counted(shots: int) -> str:
+    return f"{shots} shot" + "s" * (shots != 1)
 
 
 def last(row: Row, keys: Sequence[str]) -> float:
@@ -262,9 +282,9 @@ def last(row: Row, keys: Sequence[str]) -> float:
 
 def difference(gap: Mapping[str, Any]) -> str:
     text = f"{100 * gap['mean']:+.1f}"
-    return (
-        f"{text} (one seed)" if gap["low"] is None else f"{text} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"
-    )
+    if gap["seeds"] < 3:
+        return f"{text} [{gap['seeds']}]"
+    return f"{text} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"
 
 
 def header(*names: str) -> list[str]:

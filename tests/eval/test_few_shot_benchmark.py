@@ -107,7 +107,7 @@ def test_nothing_larger_is_tried_of_what_was_stopped_or_would_take_too_long(runn
     assert runner.why_not(what, Cell("shots", 2, 1)) == ""
     other = entry("long")
     fill(runner, other, done={("shots", 1, 0): 6.0})
-    assert runner.why_not(other, Cell("shots", 4, 0)) == "would take about 24 s"
+    assert runner.why_not(other, Cell("shots", 4, 0)) == "would take about 12 s"
     assert runner.why_not(other, Cell("shots", 1, 1)) == ""
 
 
@@ -131,10 +131,10 @@ def test_failures_are_kept_as_such_and_tried_again_once_anything_has_changed(run
     monkeypatch.setattr(bench, "run_cell", fails)
     found = runner.run(what, cell)
     assert found["error"] == "RuntimeError: no such layer"
-    assert runner.next([what]) is None
-    assert runner.why_not(what, Cell("base_to_new", 16, 2)) == "RuntimeError: no such layer"
+    assert runner.next([what])[1].shots != 1  # others may go
+    assert runner.why_not(what, Cell("shots", 1, 2)) == "RuntimeError: no such layer"
     runner.commit = "later"
-    assert runner.next([what]) is not None
+    assert runner.why_not(what, cell) == ""
 
     def late(*_):
         raise OutOfTime
@@ -142,6 +142,16 @@ def test_failures_are_kept_as_such_and_tried_again_once_anything_has_changed(run
     monkeypatch.setattr(bench, "run_cell", late)
     assert "stopped" in runner.run(what, cell)
     assert runner.next([what]) is None
+
+
+def test_what_sees_no_pictures_is_measured_once_and_counts_for_all(runner):
+    what = bench.Entry("words", "baseline", lambda c, s: None, bench.NAMES, ())
+    assert what.cells() == [Cell("shots", 16, 0), Cell("base_to_new", 16, 0), Cell("cold", 4, 0)]
+    fill(runner, what, done={("shots", 16, 0): 1.0}, accuracy=0.5)
+    done = runner.done(what)
+    assert len(done) == 15
+    assert done[Cell("shots", 2, 1)]["accuracy"] == 0.5
+    assert not any(cell.kind == "base_to_new" for cell in done)
 
 
 # Pairs
@@ -167,11 +177,13 @@ def test_pairs_are_compared_on_the_same_draws():
         ([(-0.1, -0.25, 0.05)], "against"),
         ([(-0.2, -0.25, -0.15), (0.1, 0.05, 0.15)], "open"),
         ([(0.2, 0.15, 0.25), (-0.1, -0.15, -0.05)], "open"),
-        ([(0.2, None, None)], "open"),
+        ([(0.2, 0.1, 0.3, 2)], "open"),
+        ([(-0.2, -0.3, -0.1, 2)], "against"),
     ],
 )
 def test_what_a_pair_comes_to(gaps, says):
-    assert PAGE.verdict([dict(zip(("mean", "low", "high"), gap)) for gap in gaps]) == says
+    named = [dict(zip(("mean", "low", "high", "seeds"), (*gap, 3)[:4])) for gap in gaps]
+    assert PAGE.verdict(named) == says
 
 
 # The page
@@ -187,11 +199,18 @@ def result(**more):
     numbers |= {f"few_shot.seconds[{k}]": {"value": 0.25, "low": None, "high": None, "unit": "s"} for k in (1, 4, 16)}
     numbers |= {f"base_to_new.{key}": number(0.5) for key in ("base", "new", "harmonic_mean")}
     numbers |= {f"ood.{name}.{key}": number(0.7) for name in ("msp", "mcm", "own") for key in ("auroc", "fpr95")}
+    seeds = {**{f"shots {k}": 3 for k in (1, 2, 4, 16)}, "shots 8": 2, "base_to_new 16": 3}
     row = {
         "name": "gda", "kind": "method", "link": "https://arxiv.org/abs/2402.04087", "settings": "", "sees": "labels",
-        "digest": "0", "new classes by": "zero-shot", "numbers": numbers, "seeds": {}, "missing": {}, "cells": [1],
+        "digest": "0", "new classes by": "zero-shot", "numbers": numbers, "seeds": seeds, "missing": {}, "cells": [1],
     }  # fmt: skip
-    other = {**row, "name": "zero_shot", "kind": "baseline", "link": None, "missing": {"shots 8 2": "no time left"}}
+    other = {
+        **row,
+        "name": "zero_shot",
+        "kind": "baseline",
+        "link": None,
+        "missing": {"shots 8 1": "no time left", "shots 8 2": "no time left"},
+    }
     other["numbers"] = {**numbers, "few_shot.accuracy[16]": number(0.613)}
     gap = {"4": {"mean": -0.031, "low": -0.05, "high": -0.012, "seeds": 3}}
     pair = {"better": "gda", "than": "zero_shot", "metric": "accuracy", "link": None, "says": "it beats words"}
@@ -212,7 +231,8 @@ def test_the_page_tells_what_the_result_holds():
     assert text.index("zero_shot (baseline) | labels") < text.index("[gda](https://arxiv.org/abs/2402.04087) | labels")
     assert "other way round" in text
     assert "-3.1 (-5.0 to -1.2) at 4 shots" in text
-    assert "`zero_shot`: 8 shots, seed 2 (no time left)" in text
+    assert "`zero_shot`: 8 shots, seed 1 and 2 (no time left)" in text
+    assert "| 48.0 [2] |" in text
     assert "70.0 (65.0 to 75.0) (own)" in text
     assert all(len(line) <= 130 or line.startswith("|") for line in text.splitlines())
 
@@ -234,4 +254,10 @@ def test_rows_without_cells_are_left_out_of_the_tables_and_told_as_missing():
     found["rows"][0] |= {"cells": [], "numbers": {}, "missing": {"shots 1 0": "ValueError: no layers"}}
     text = PAGE.few_shot(json.loads(json.dumps(found)))
     assert "arxiv.org/abs/2402.04087" not in text
-    assert "`gda`: 1 shots, seed 0 (ValueError: no layers)" in text
+    assert "`gda`: nothing (ValueError: no layers)" in text
+
+
+def test_what_sees_no_pictures_has_no_interval_over_seeds():
+    found = result()
+    found["rows"][1]["sees"] = "names alone"
+    assert "| zero_shot (baseline) | names alone | 41.0 | 42.0 | 44.0 | 48.0 | 61.3 |" in PAGE.few_shot(found)
