@@ -8,14 +8,17 @@ from scipy.stats import spearmanr
 
 from ecliptic.eval.nested import fits
 from ecliptic.eval.nested_ranking import (
+    _share_in_order,
+    _srcc,
     deal_values,
     judge_ranking,
     mean_pairwise_accuracy,
     mean_srcc,
-    resampled,
+    pairwise_interval,
     srcc_difference,
     srcc_interval,
 )
+from ecliptic.eval.ranking import pairwise_accuracy, spearman
 
 
 def answers_of(values, fold, signal, seed):
@@ -82,19 +85,31 @@ def test_pairs_by_hand():
     assert mean_pairwise_accuracy(scores, np.ones(6), fold) == 0.5
 
 
-def test_draws_stay_within_their_fold_and_intervals_hold_the_value():
+def test_drawing_pictures_often_is_repeating_them():
+    random = np.random.default_rng(0)
+    scores, values = random.integers(0, 6, 15).astype(float), random.integers(0, 4, 15).astype(float)
+    counts = random.multinomial(15, np.full(15, 1 / 15), 20)
+    for said, measure in ((_srcc, spearman), (_share_in_order, pairwise_accuracy)):
+        found = said(scores, values, counts.astype(float))
+        for row, value in zip(counts, found):
+            assert value == pytest.approx(measure(np.repeat(scores, row), np.repeat(values, row)))
+    assert _srcc(np.ones(3), np.arange(3.0), np.ones((1, 3))) == 0
+    assert _share_in_order(np.arange(3.0), np.ones(3), np.ones((1, 3))) == 0.5
+
+
+def test_intervals_hold_the_value_and_a_difference_is_paired():
     values = np.random.default_rng(2).normal(size=40)
     fold = deal_values(values, 4)
-    draws = resampled(fold, 50)
-    assert all(np.array_equal(np.bincount(fold[draw]), np.bincount(fold)) for draw in draws)
     found = judge_ranking({"a": answers_of(values, fold, 1.0, 0), "b": answers_of(values, fold, 4.0, 1)}, values, fold)
     a, b = found.scores["a"], found.scores["b"]
-    low, high = srcc_interval(a, values, fold, resamples=200)
-    assert low < mean_srcc(a, values, fold) < high
-    gain, low, high = srcc_difference(b, a, values, fold, resamples=200)
+    low, high = srcc_interval(a, values, fold)
+    assert low < mean_srcc(a, values, fold) < high < 1
+    low, high = pairwise_interval(a, values, fold)
+    assert 0.5 < low < mean_pairwise_accuracy(a, values, fold) < high < 1
+    gain, low, high = srcc_difference(b, a, values, fold)
     assert gain == pytest.approx(mean_srcc(b, values, fold) - mean_srcc(a, values, fold))
     assert 0 < low <= gain <= high
-    assert srcc_difference(a, a, values, fold, resamples=50) == (0, 0, 0)
+    assert srcc_difference(a, a, values, fold) == (0, 0, 0)
 
 
 def test_what_cannot_be_judged():

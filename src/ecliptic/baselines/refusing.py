@@ -75,7 +75,7 @@ class Refusing(Predictor):
     @torch.no_grad()
     def predict(self, pixels: Tensor) -> Prediction:
         """Pixels (B, 3, H, W) -> class scores (B, K), and labels, of which those of refused pictures are "unknown"."""
-        said = self.inner_.predict(pixels)
+        said: Prediction = self.inner_.predict(pixels)
         if said.labels is None:
             raise TypeError(f"{self.method} gives no labels, so there is nothing to refuse")
         kept = (self._score(pixels, said) >= self.threshold_).tolist()

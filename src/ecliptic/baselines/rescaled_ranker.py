@@ -97,14 +97,16 @@ def pooled(features: Features, pool: int) -> Tensor:
     """Features with patches on a grid -> (B, P', D), averaged in squares of `pool` by `pool`, smaller at the border."""
     if features.tokens is None or features.grid is None:
         raise TypeError("the encoder gives no patches on a grid: it must honour images(..., patches=True)")
-    grid = features.tokens.detach().float().mT.unflatten(-1, features.grid)
+    tokens = features.tokens.detach().float()
+    grid = tokens.mT.reshape(len(tokens), -1, *features.grid)
     return avg_pool2d(grid, pool, ceil_mode=True).flatten(2).mT.contiguous()
 
 
 @torch.no_grad()
 def encode_pooled(encoder: Encoder, pairs: Pairs, pool: int, batch: int = 32) -> Tensor:
     """Records -> pooled patches (N, P', D), float32, of the pictures in order."""
-    found, group = [], []
+    found: list[Tensor] = []
+    group: list[Any] = []
     count = getattr(pairs, "__len__", None)
     with Progress("encoding patches", count() if count else None, unit="pictures") as bar:
 

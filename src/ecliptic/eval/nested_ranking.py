@@ -6,7 +6,7 @@ fits, or of two methods, need not be of one scale.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +61,8 @@ def judge_ranking(answers: Mapping[str, Mapping[Fold, ArrayLike]], values: Array
     folds = sorted({*fold.tolist()})
 
     def said(name: str, left_out: Fold, j: int) -> Floats:
-        return np.asarray(answers[name][left_out], dtype=float)[fold == j]
+        own: Floats = np.asarray(answers[name][left_out], dtype=float)[fold == j]
+        return own
 
     winner, chosen = choices(
         lambda name, left_out, j: float((fold == j).sum() * spearman(said(name, left_out, j), values[fold == j])),
@@ -92,40 +93,69 @@ def mean_pairwise_accuracy(scores: Floats, values: Floats, fold: Ints) -> float:
     return float(sum((fold == k).sum() * share(k) for k in set(fold)) / len(fold))
 
 
-def resampled(fold: Ints, resamples: int = 1000, seed: int = 0) -> Ints:
-    """(R, N) positions: the pictures of each fold drawn anew, with replacement."""
-    random = np.random.default_rng(seed)
-    drawn = [rows[random.integers(0, len(rows), (resamples, len(rows)))] for rows in _rows(fold)]
-    return np.concatenate(drawn, axis=1)
+def srcc_interval(scores: Floats, values: Floats, fold: Ints, **options: int) -> tuple[float, float]:
+    """95 % bootstrap interval of `mean_srcc`, which it always holds; the pictures of each fold are drawn anew."""
+    return _around(mean_srcc(scores, values, fold), _drawn(_srcc, scores, values, fold, **options))
 
 
-def srcc_interval(
-    scores: Floats, values: Floats, fold: Ints, *, resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % bootstrap interval of `mean_srcc`, which it always holds."""
-    draws = resampled(fold, resamples, seed)
+def pairwise_interval(scores: Floats, values: Floats, fold: Ints, **options: int) -> tuple[float, float]:
+    """The same of `mean_pairwise_accuracy`."""
     return _around(
-        mean_srcc(scores, values, fold), [mean_srcc(scores[draw], values[draw], fold[draw]) for draw in draws]
+        mean_pairwise_accuracy(scores, values, fold), _drawn(_share_in_order, scores, values, fold, **options)
     )
 
 
-def srcc_difference(
-    new: Floats, old: Floats, values: Floats, fold: Ints, *, resamples: int = 1000, seed: int = 0
-) -> tuple[float, float, float]:
+def srcc_difference(new: Floats, old: Floats, values: Floats, fold: Ints, **options: int) -> tuple[float, float, float]:
     """(difference, low, high) of `mean_srcc` on the same draws; above 0 where the new orders better."""
-
-    def difference(rows: Ints) -> float:
-        return mean_srcc(new[rows], values[rows], fold[rows]) - mean_srcc(old[rows], values[rows], fold[rows])
-
-    value = difference(np.arange(len(fold)))
-    return value, *_around(value, [difference(draw) for draw in resampled(fold, resamples, seed)])
+    value = mean_srcc(new, values, fold) - mean_srcc(old, values, fold)
+    drawn = (_drawn(_srcc, scores, values, fold, **options) for scores in (new, old))
+    return value, *_around(value, next(drawn) - next(drawn))
 
 
-def _rows(fold: Ints) -> list[Ints]:
-    return [np.flatnonzero(fold == k) for k in sorted({*fold.tolist()})]
+def _drawn(
+    measure: Callable[[Floats, Floats, Floats], Floats],
+    scores: Floats,
+    values: Floats,
+    fold: Ints,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Floats:
+    """(R,): a measure of each fold with its pictures drawn anew, averaged by the size of the fold.
+
+    measure: scores (n,), values (n,), how often each picture was drawn (R, n) -> (R,).
+    """
+    random = np.random.default_rng(seed)
+    total = np.zeros(resamples)
+    for k in sorted({*fold.tolist()}):
+        rows = np.flatnonzero(fold == k)
+        counts = random.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), resamples).astype(float)
+        total += len(rows) * measure(scores[rows], values[rows], counts)
+    return total / len(fold)
 
 
-def _around(value: float, draws: list[float]) -> tuple[float, float]:
+def _srcc(scores: Floats, values: Floats, counts: Floats) -> Floats:
+    """`spearman` where each picture stands as often as it was drawn, (R,)."""
+    n = counts.sum(1, keepdims=True)
+    ranks = []
+    for x in (scores, values):
+        below = (x[:, None] < x[None]) + (x[:, None] == x[None]) / 2  # (j, i): what a copy of j adds to the rank of i
+        own = counts @ below
+        ranks.append(own - (counts * own).sum(1, keepdims=True) / n)
+    s, v = ranks
+    size = np.sqrt((counts * s * s).sum(1) * (counts * v * v).sum(1))
+    return np.asarray((counts * s * v).sum(1) / np.where(size > 1e-9, size, np.inf), dtype=float)
+
+
+def _share_in_order(scores: Floats, values: Floats, counts: Floats) -> Floats:
+    """`pairwise_accuracy` where each picture stands as often as it was drawn, (R,); 0.5 where no values differ."""
+    above = (values[:, None] > values[None]).astype(float)
+    right = above * (1 + np.sign(scores[:, None] - scores[None])) / 2
+    pairs = ((counts @ above) * counts).sum(1)
+    return np.asarray(np.where(pairs > 0, ((counts @ right) * counts).sum(1) / np.maximum(pairs, 1), 0.5), dtype=float)
+
+
+def _around(value: float, draws: Floats) -> tuple[float, float]:
     """Percentiles, widened to hold the value: ties among drawn pictures pull correlations of few of them down."""
     low, high = np.quantile(draws, [0.025, 0.975])
     return min(float(low), value), max(float(high), value)

@@ -131,7 +131,7 @@ def adapt(
     if html is not None:
         note(f"wrote {done.report.html(html)}")
     shown = {**done.report.to_json(), **value, "out": out, "bad": bad_json(done.bad)}
-    saved = f"\n\nuse it: ecliptic classify PICTURES --predictor {out}" if out is not None and task != "rank" else ""
+    saved = f"\n\nuse it: ecliptic classify PICTURES --predictor {out}" if out is not None else ""
     emit(shown, json, lambda: f"{done.report}{saved}")
 
 

@@ -32,7 +32,8 @@ def classify(
 ) -> None:
     """Say which label fits each picture best.
 
-    Probabilities are a softmax over the labels given: they compare those labels and say nothing about others.
+    Probabilities are a softmax over the labels given: they compare those labels and say nothing about others. A predictor of
+    `adapt --task ood` calls pictures of none of its classes unknown; one of `adapt --task rank` gives quantities, highest first.
     """
     if predictor is None and model is not None and (Path(model) / "predictor.json").is_file():
         predictor, model = Path(model), None  # what `adapt` saved is a model, too
@@ -46,25 +47,25 @@ def classify(
     if predictor is None:
         assert names is not None
         good, shares, more = _by_words(load_model(DEFAULT_MODEL if model is None else model), files, names, templates)
+        said: list[str] | None = [names[i] for i in shares.argmax(-1).tolist()]
     else:
-        good, shares, names, more = _by_predictor(predictor, None if model is None else load_model(model), files)
+        good, shares, names, said, more = _by_predictor(predictor, None if model is None else load_model(model), files)
     bad += more
-    value = {
-        "labels": names,
-        "pictures": [
-            {
-                "path": path,
-                "label": names[int(row.argmax())],
-                "probabilities": dict(zip(names, row.tolist(), strict=True)),
-            }
-            for path, row in zip(good, shares, strict=True)
-        ],
-        "bad": bad_json(bad),
-    }
+    if said is None:
+        order = shares[:, 0].argsort(descending=True, stable=True).tolist()
+        good, shares = [good[i] for i in order], shares[order]
+    rows = [(path, dict(zip(names, row.tolist(), strict=True))) for path, row in zip(good, shares, strict=True)]
+    if said is None:
+        pictures = [{"path": path, "quantities": row} for path, row in rows]
+    else:
+        pictures = [
+            {"path": path, "label": label, "probabilities": row} for (path, row), label in zip(rows, said, strict=True)
+        ]
+    value = {"labels": names, "pictures": pictures, "bad": bad_json(bad)}
     if not json:
         for line in bad_lines(bad):
             warn(line)
-    emit(value, json, lambda: "\n".join(_line(path, row, names, top) for path, row in zip(good, shares, strict=True)))
+    emit(value, json, lambda: "\n".join(_line(entry, top) for entry in pictures))
     if not good:
         fail("none of the pictures could be read", 1)
 
@@ -78,7 +79,10 @@ def _by_words(encoder: Any, files: list[Path], names: list[str], templates: Any)
     return good, zero_shot_probabilities(encoder, rows, head), bad
 
 
-def _by_predictor(folder: Path, encoder: Any, files: list[Path]) -> tuple[list[Path], Any, list[str], Bad]:
+def _by_predictor(
+    folder: Path, encoder: Any, files: list[Path]
+) -> tuple[list[Path], Any, list[str], list[str] | None, Bad]:
+    """Pictures that opened, probabilities, class names, and the labels; without labels the numbers are quantities."""
     import torch
 
     from ecliptic.core.predictor_io import load_predictor
@@ -88,6 +92,7 @@ def _by_predictor(folder: Path, encoder: Any, files: list[Path]) -> tuple[list[P
     judge = load_predictor(folder, encoder)
     good: list[Path] = []
     scores: list[Any] = []
+    said: list[str] | None = []
     bad: Bad = []
     names: tuple[str, ...] = ()
     for start in track(range(0, len(files), 32), "classifying"):
@@ -104,13 +109,18 @@ def _by_predictor(folder: Path, encoder: Any, files: list[Path]) -> tuple[list[P
                 fail(f"{folder} holds a {type(judge).__name__}, which gives no class scores")
             scores.append(answer.scores)
             names = answer.classes
+            said = None if said is None or answer.labels is None else said + answer.labels
     if not scores:
-        return good, torch.empty(0, 1), list(names), bad
+        return good, torch.empty(0, 1), list(names), said, bad
     found = torch.cat(scores)
     probable = bool((found >= 0).all() and torch.allclose(found.sum(-1), torch.ones(len(found)), atol=1e-3))
-    return good, found if probable else found.softmax(-1), list(names), bad
+    return good, found if probable or said is None else found.softmax(-1), list(names), said, bad
 
 
-def _line(path: Path, row: Any, names: list[str], top: int) -> str:
-    order = row.argsort(descending=True)[:top].tolist()
-    return f"{path}  " + "  ".join(f"{names[i]} {row[i]:.1%}" for i in order)
+def _line(entry: dict[str, Any], top: int) -> str:
+    if "quantities" in entry:
+        return f"{entry['path']}  " + "  ".join(f"{name} {value:.4g}" for name, value in entry["quantities"].items())
+    shares = entry["probabilities"]
+    best = sorted(shares, key=shares.get, reverse=True)[:top]  # of equals the first
+    listed = "  ".join(f"{name} {shares[name]:.1%}" for name in best)
+    return f"{entry['path']}  {listed}" if entry["label"] in shares else f"{entry['path']}  {entry['label']} ({listed})"
