@@ -58,6 +58,7 @@ UNSAID = "value"  # what to order by where nobody said it
 SHOWN = 12  # worst mistakes
 ORDERED = 24  # pictures shown in the predicted order
 LADDER = (1000, 600, 400, 250, 150, 100, 50, 25)  # training steps of the adapter: as many as fit
+TRIAL = 4  # training steps that show how long one takes
 SPARE = 0.7  # the share of the time left that is planned for: machines are busier at times
 MEMORY = 4e9  # bytes of patches that are kept at once
 
@@ -139,16 +140,16 @@ def choose_rank(
     if len(whole) < len(given):
         given = given[whole]
         fold = _dealt(values[given], folds, seed)
-    trial = _Trial(encoder, records[given], values[given], words, [key for key in keys if key], fold, Path(work))
+    adapters = sum(candidate.method == "rescaled_ranker" for candidate in roster)
+    keys, given_time = [key for key in keys if key], (minutes, adapters)
+    trial = _Trial(encoder, records[given], values[given], words, keys, fold, Path(work), given_time)
     plan = fits(fold)
     tried: list[Tried] = []
     began = time.monotonic()
     with keeping(store), Progress("trying methods", len(roster) * len(plan), unit="fits") as bar:
         for candidate in roster:
             left = np.inf if candidate.method == "feature_ranker" else 60 * minutes - (time.monotonic() - began)
-            waiting = sum(c.method == "rescaled_ranker" for c in roster) - sum(
-                entry.candidate.method == "rescaled_ranker" for entry in tried
-            )
+            waiting = adapters - sum(entry.candidate.method == "rescaled_ranker" for entry in tried)
             tried.append(trial.run(candidate, plan, left, waiting, bar.advance))
         done = [entry for entry in tried if not entry.problem]
         if not done:
@@ -217,7 +218,9 @@ class _Trial:
     keys: list[str]
     fold: NDArray[np.int64]
     work: Path
+    given: tuple[float, int]  # minutes, and how many adapters share them
     patches: Tensor | None = None
+    planned: int | None = None
     steps: dict[str, int] = field(default_factory=dict)
 
     def run(
@@ -285,10 +288,7 @@ class _Trial:
         return found
 
     def _prepare(self, candidate: Candidate, left: float, count: int) -> None:
-        """The patches of all pictures, once, and as many training steps as let `count` fits end within `left` seconds.
-
-        How many that were is kept beside the fits, so that a second call goes on with the same.
-        """
+        """The patches of all pictures, once, and the number of training steps, unless the candidate brings its own."""
         began = time.monotonic()
         if left <= 0:
             raise OutOfTime
@@ -301,22 +301,31 @@ class _Trial:
                 self.patches = encode_pooled(self.encoder, self.records, pool)
         if "steps" in candidate.settings.get("settings", {}):
             return
-        file = self.work / "fits" / f"{self._digest(candidate, np.arange(len(self.values)))}.steps"
+        if self.planned is None:
+            self.planned = self._plan(candidate, left - (time.monotonic() - began), count)
+        self.steps[candidate.name] = self.planned
+
+    def _plan(self, candidate: Candidate, left: float, count: int) -> int:
+        """So many steps that `count` fits end within `left` seconds, by a short trial; the same for all adapters.
+
+        How many is kept beside the fits, so that a second call, given the same time, goes on with them.
+        """
+        content = json.dumps([self.encoder.id, self.keys, self.values.tolist(), self.words, self.given])
+        file = self.work / "fits" / f"{hashlib.blake2b(content.encode(), digest_size=16).hexdigest()}.steps"
         if file.is_file():
-            self.steps[candidate.name] = int(file.read_text())
-            return
-        self.steps[candidate.name] = 4
-        started = time.monotonic()
+            return int(file.read_text())
+        began = time.monotonic()
+        self.steps[candidate.name] = TRIAL
         self.fit(candidate, np.arange(len(self.values)))
-        each = (time.monotonic() - started) / 4
-        affordable = SPARE * (left - (time.monotonic() - began)) / count / each
         self.steps.pop(candidate.name)
+        took = time.monotonic() - began
+        affordable = TRIAL * SPARE * (left - took) / count / took
         steps = next((steps for steps in LADDER if steps <= affordable), None)
         if steps is None:
             raise OutOfTime
-        self.steps[candidate.name] = steps
         with atomic_file(file) as handle:
             handle.write(str(steps).encode())
+        return steps
 
     def _digest(self, candidate: Candidate, rows: NDArray[np.int64]) -> str:
         """Equal exactly where a fit would be the same: model, method and its source, settings, pictures and values."""
