@@ -87,6 +87,7 @@ def test_one_folder_holds_everything(encoder, score, tmp_path):
 
 
 def test_a_classifier_of_pictures_not_of_features(encoder):
+    pytest.importorskip("ecliptic.methods.adapt.clipn")
     judge = Refusing("clipn", {"steps": 2, "prompts": 2, "batch_size": 6}, score="ctw", folds=2)
     judge.fit(encoder, painted(COLOURS, 2))
     pixels = pixels_of(encoder, painted(COLOURS, 2))

@@ -187,10 +187,10 @@ def _checked(
     if folds < 3:
         raise AdaptationError(f"folds={folds}: to choose, judge and learn takes at least three")
     counts = Counter(str(r["label"]) for r in records.undecoded() if r.get("label") not in (None, ""))
-    words_of(sorted(counts), words)
+    names = words_of(sorted(counts), words)
     if len(counts) < 2:
         raise AdaptationError(f"there is nothing to know apart: one class only ({', '.join(counts) or 'none'})")
-    if UNKNOWN in counts:
+    if UNKNOWN in names.values():
         raise AdaptationError(f"a class is called {UNKNOWN!r}, as refused pictures are: give its pictures as unknown")
     if max(counts.values()) < 2:
         raise AdaptationError("no class has two pictures: one to learn from and one to judge on are needed")
