@@ -10,17 +10,17 @@ from torch import Tensor
 
 
 def msp(logits: Tensor) -> Tensor:
-    """Largest softmax probability of the logits, in [1 / K, 1]. arXiv 1610.02136, section 2."""
+    """Largest softmax probability of the logits, in [1 / K, 1]. arXiv 1610.02136."""
     return logits.softmax(-1).amax(-1)
 
 
 def max_logit(logits: Tensor) -> Tensor:
-    """Largest logit, in units of the logits, unbounded. arXiv 1911.11132, section 3: unlike MSP it keeps how strong they are."""
+    """Largest logit, in units of the logits, unbounded. arXiv 1911.11132: unlike MSP it keeps how strong they are."""
     return logits.amax(-1)
 
 
 def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """T * log sum_k exp(logit_k / T): the *negative* free energy, so that higher is known. arXiv 2010.03759, eq. 4.
+    """T * log sum_k exp(logit_k / T): the *negative* free energy, so that higher is known. arXiv 2010.03759.
 
     Between `max_logit` and that + T * log K; T -> 0 is `max_logit`.
     """
@@ -29,7 +29,7 @@ def energy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def mcm(cosines: Tensor, temperature: float = 1.0) -> Tensor:
-    """Largest softmax probability of cosines / T (maximum concept matching), in [1 / K, 1]. arXiv 2211.13445, eq. 1; T = 1 there.
+    """Largest softmax probability of cosines / T (maximum concept matching), in [1 / K, 1]. arXiv 2211.13445; T = 1 there.
 
     T = 1 / scale is `msp` of the model's logits.
     """

@@ -66,7 +66,7 @@ def views_of_batch(objective, encoder):
 
 
 def slow_losses(yes, no, spared):
-    """Equation 4 by explicit fractions, positives and negatives each with their own mean."""
+    """ITBO by explicit fractions, positives and negatives each with their own mean."""
     n, positives, negatives = len(yes), [], []
     for i in range(n):
         for j in range(n):

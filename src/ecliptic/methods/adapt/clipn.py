@@ -39,7 +39,7 @@ from ecliptic.ops.tiled_contrastive import no_autocast
 
 Pair = tuple[str, str]
 PAIRED: tuple[Pair, ...] = (
-    ("a photo of {}", "a photo of no {}"),  # these two from the paper, section 3.2; the others ours, in the same way
+    ("a photo of {}", "a photo of no {}"),  # these two from the paper; the others ours, in the same way
     ("a painting of {}", "a painting of no {}"),
     ("a picture of {}", "a picture of no {}"),
     ("an image of {}", "an image of no {}"),
@@ -54,12 +54,12 @@ EPS = 1e-4  # released code: without it the distance has an infinite gradient wh
 
 
 def no_probability(yes: Tensor, no: Tensor) -> Tensor:
-    """Logits of a text and of its "no" -> the chance that the picture is not of it (eq. 3): e^no / (e^yes + e^no)."""
+    """Logits of a text and of its "no" -> the chance that the picture is not of it: e^no / (e^yes + e^no)."""
     return (no - yes).sigmoid()
 
 
 def image_text_loss(yes: Tensor, no: Tensor, spared: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """ITBO: logits (N, N), pictures down and captions across -> (matched, mismatched), two means in nats, each >= 0 (eq. 4).
+    """ITBO: logits (N, N), pictures down and captions across -> (matched, mismatched), two means in nats, each >= 0.
 
     matched: mean of -log(1 - p_no) over the diagonal. mismatched: mean of -log p_no over the rest, without the pairs that
     `spared` (N, N) bool marks, whose caption is true of the other picture too; 0 where none is left. Two means, so that
@@ -77,7 +77,7 @@ def image_text_loss(yes: Tensor, no: Tensor, spared: Tensor | None = None) -> tu
 
 
 def opposite_loss(text: Tensor, text_no: Tensor, eps: float = EPS) -> Tensor:
-    """TSO: unit rows (N, D) -> mean of 2 - |t - t_no|, in [0, 2] but for eps (eq. 5): 0 where a "no" is the opposite of its text.
+    """TSO: unit rows (N, D) -> mean of 2 - |t - t_no|, in [0, 2] but for eps: 0 where a "no" is the opposite of its text.
 
     Its gradient is zero in direction where both are the same, so it cannot start to move a copy by itself.
     """
@@ -296,7 +296,7 @@ class Clipn(FeaturePredictor):
     templates: str | tuple[str, ...] = (
         "photo"  # as `core.zeroshot.zero_shot_head` takes them; both towers read the same
     )
-    prompts: int = 16  # learnt "no" prompts, section 3.2; 0 for none
+    prompts: int = 16  # learnt "no" prompts, as in the paper; 0 for none
     paired: tuple[Pair, ...] | None = (
         None  # such as PAIRED: no learnt prompts, and these templates instead of `templates`
     )
@@ -415,7 +415,7 @@ class Clipn(FeaturePredictor):
         return cast(SayNo, trainer.run(encoder, rows).objective)
 
     def _take(self, names: Sequence[str]) -> Self:
-        """Both heads for these classes (section 3.4): mean over templates of unit prompts, made unit again."""
+        """Both heads for these classes: mean over templates of unit prompts, made unit again."""
         self.classes_ = tuple(names)
         no = self.no_encoder()
         self.text_ = zero_shot_head(cast(HFEncoder, self.encoder_), names, self._templates(0))
