@@ -8,6 +8,7 @@ from torch import tensor
 
 from ecliptic.core.preprocess import ImagePreprocess
 from ecliptic.data.records import Records
+from ecliptic.data.scenes import SHAPES, scenes
 from ecliptic.data.shots import (
     RandomView,
     check_classes,
@@ -16,6 +17,7 @@ from ecliptic.data.shots import (
     folds_of,
     label_map,
     labels_of,
+    partial_labels,
     split_classes,
     take_shots,
     tiny_records,
@@ -161,3 +163,19 @@ def test_random_views_for_the_trainer():
     assert torch.equal(wide.preprocess([framed["image"]]), encoder.preprocess([one["image"]]))  # the margin goes again
     whole = RandomView(32, 32, (1.0, 1.0))(record, np.random.default_rng(0))
     assert np.asarray(whole["image"]).mean() == pytest.approx(np.asarray(picture).mean(), abs=3)
+
+
+def test_some_labels():
+    records = [{"id": 0, "label": "b"}, {"id": 1}, {"id": 2, "label": None}, {"id": 3, "label": "a"}]
+    assert partial_labels(records)[0] == ("a", "b")
+    assert partial_labels(records)[1].tolist() == [1, -1, -1, 0]
+    assert partial_labels(records, ("b", "c", "a"))[1].tolist() == [0, -1, -1, 2]
+    assert partial_labels(records, ("x", "y"), ignore=True)[1].tolist() == [-1] * 4
+    drawn = scenes("train", 5, 0)  # nothing is rendered
+    assert torch.equal(partial_labels(drawn, SHAPES)[1], labels_of(drawn, SHAPES)[1])
+    with pytest.raises(ValueError, match="none of the classes: 'b'"):
+        partial_labels(records, ("a", "c"))
+    with pytest.raises(ValueError, match="no records"):
+        partial_labels([], ("a", "c"))
+    with pytest.raises(ValueError, match="one class only"):
+        partial_labels(records[:2])

@@ -35,7 +35,9 @@ class Coop(PromptPredictor):
     start: str | None = "a photo of a"  # words the context starts from; None: drawn from N(0, 0.02^2)
     template: str = "{}."  # what follows the context
     views: int = 0  # augmented views of each picture, of which a batch takes one; the paper draws new ones every time
-    epochs: int = 40  # ours: a minute for 20 classes with 8 pictures each; the paper has 50 to 200, the more shots the more
+    epochs: int = (
+        40  # ours: a minute for 20 classes with 8 pictures each; the paper has 50 to 200, the more shots the more
+    )
     batch_size: int = 32  # fewer where there are fewer pictures
     lr: float = 2e-3
     momentum: float = 0.9
@@ -84,7 +86,7 @@ class Coop(PromptPredictor):
         def loss(logits: Tensor, batch: Mapping[str, Any]) -> dict[str, Tensor]:
             return {"cross_entropy": cross_entropy(logits, batch["target"])}
 
-        scale, prompts = logit_scale(tower.scale, tower.bias, self.tau), Prompts(context)
+        scale, prompts = logit_scale(tower.scale.detach(), tower.bias, self.tau), Prompts(context)
         learn_prompts(tower, prompts, tokens, batches, loss, self._settings(order), scale=scale, title="CoOp")
         return self._hold(tower, prompts, names, scale)
 

@@ -74,6 +74,25 @@ def labels_of(pairs: Pairs, classes: Sequence[str] | None = None) -> tuple[tuple
     return names, torch.tensor([place[label] for label in found])
 
 
+def partial_labels(
+    pairs: Pairs, classes: Sequence[str] | None = None, *, ignore: bool = False
+) -> tuple[tuple[str, ...], Tensor]:
+    """As `labels_of` where some records have no `label`, or None: class names and labels (N,) int64, -1 for those.
+
+    ignore: take every record for one of those, whatever label it has.
+    """
+    walk = pairs.undecoded() if hasattr(pairs, "undecoded") else pairs
+    found = [None if ignore or record.get("label") is None else str(record["label"]) for record in walk]
+    if not found:
+        raise ValueError("there are no records to learn from")
+    names = tuple(sorted({label for label in found if label is not None})) if classes is None else tuple(classes)
+    check_classes(names)
+    place: dict[str | None, int] = {None: -1, **{name: i for i, name in enumerate(names)}}
+    if unknown := sorted({label for label in found if label is not None and label not in place}):
+        raise ValueError(f"labels that are none of the classes: {', '.join(map(repr, unknown[:5]))}; classes: {names}")
+    return names, torch.tensor([place[label] for label in found])
+
+
 def _label(position: int, record: Record) -> Any:
     if record.get("label") is None:
         raise ValueError(f"record {record.get('id', position)!r} has no label; it has {', '.join(map(repr, record))}")
