@@ -6,7 +6,8 @@ The other half stands for the unknown, and its names are given to nobody at test
 are not its "no". Prompts for the test are as in the captions.
 
 Of 1,000 test scenes: `hard`, `easy`: AUROC of the arm's score, known above unknown; `hard fpr95`, `easy fpr95`; `hard decision`,
-`easy decision`: balanced accuracy of its rule, without any threshold; `identical`: share of pictures named as by zero-shot.
+`easy decision`: balanced accuracy of its rule, without any threshold; `identical`: share of pictures named as by zero-shot with
+the prompts of the test (by_hand has others).
 
 ctw, atd: the two scores and rules of one and the same training; atd_qp: ATD's rule in its other reading. copy: the tower
 untrained. no_negatives: trained without the mismatched pairs. shuffled: captions dealt out to other pictures. by_hand:
