@@ -13,7 +13,7 @@ from ecliptic.baselines.refusing import Refusing
 from ecliptic.core.known import DISTANCES, UNKNOWN, keeping_threshold
 from ecliptic.core.predictor_io import load_predictor
 from ecliptic.data.records import Records
-from ecliptic.data.shots import folds_of
+from ecliptic.data.shots import encode_views, folds_of
 from ecliptic.eval.ood import TRAINING_FREE, RefusesTheUnknown, ScoresTheUnknown, ood, training_free_scores
 from tests.towers import clip_encoder
 
@@ -63,15 +63,30 @@ def test_distance_tells_colours_that_were_never_seen(encoder):
     assert report["ood.decision.known_kept"].value >= 0.7
 
 
-def test_the_threshold_is_set_on_pictures_that_were_not_learnt(encoder):
+@pytest.mark.parametrize("settings", [{"strength": 100.0}, {"strengths": (0.1, 10.0, 1000.0)}])
+def test_the_threshold_is_set_on_pictures_that_were_not_learnt(encoder, settings):
+    """With the penalty of the whole fit, also where each part by itself would choose another."""
     known = painted(COLOURS)
     labels = torch.tensor([sorted(COLOURS).index(label) for label in known.column("label")])
-    judge = Refusing("linear_probe", {"strength": 100.0}, score="energy", keep=0.8, folds=3, seed=2).fit(encoder, known)
+    judge = Refusing("linear_probe", settings, score="energy", keep=0.8, folds=3, seed=2).fit(encoder, known)
     fold, held = folds_of(labels, 3, 2), []
     for k in range(3):
-        part = LinearProbe(strength=100.0).fit(encoder, known[(fold != k)])
+        part = LinearProbe(strength=judge.inner_.strength_).fit(encoder, known[(fold != k)])
         logits = part.predict(pixels_of(encoder, known[(fold == k)])).scores
         held.append(training_free_scores(logits, 100.0)["energy"])
+    assert judge.threshold_ == pytest.approx(keeping_threshold(torch.cat(held), 0.8), rel=1e-4)
+
+
+def test_a_distance_is_held_out_in_many_parts(encoder):
+    known = painted(COLOURS)
+    features = encode_views(encoder, known)[0]
+    labels = torch.tensor([sorted(COLOURS).index(label) for label in known.column("label")])
+    judge = Refusing("zero_shot", score="knn", keep=0.8, seed=2).fit(encoder, known)
+    fold, held = folds_of(labels, 10, 2), []
+    assert int(fold.max()) == 7, "eight pictures of each class: one of each at a time"
+    for k in range(8):
+        near = torch.cdist(features[fold == k].double(), features[fold != k].double()).sort(-1).values
+        held.append(-near[:, 4])
     assert judge.threshold_ == pytest.approx(keeping_threshold(torch.cat(held), 0.8), rel=1e-4)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -17,6 +17,8 @@ from ecliptic.data.feature_store import FeatureStore, keeping, open_store
 from ecliptic.data.records import Records
 from ecliptic.data.shots import check_labels, encode_views, folds_of, labels_of, tiny_records
 from ecliptic.eval.ood import TRAINING_FREE, ScoresTheUnknown, scale_of, training_free_scores
+
+PARTS = 10  # at least, in which distances are held out; ours
 
 
 @dataclass(eq=False)
@@ -41,26 +43,50 @@ class Refusing(Predictor):
         """Learn from records with `image` and `label`. ValueError where no class has two, of which to hold one out."""
         if not 0 < self.keep < 1:
             raise ValueError(f"keep={self.keep}: the share of known pictures to keep lies between 0 and 1")
-        classifier = self.classifier()
+        kind = self.classifier()
         names, labels = labels_of(pairs, self.settings.get("classes"))
         check_labels(labels, len(labels), names)
-        fold = folds_of(labels, self.folds, self.seed)
-        if not (fold >= 0).any():
+        if int(torch.bincount(labels).max()) < 2:
             raise ValueError(
                 "no class has two pictures: the threshold is set on known pictures that were not learnt from"
             )
-        held: list[Tensor] = []
         with keeping(open_store() or FeatureStore()):
-            for k in range(int(fold.max()) + 1):
-                rows, out = ((fold != k).nonzero()[:, 0].tolist(), (fold == k).nonzero()[:, 0].tolist())
-                part = replace(self)._learn(encoder, classifier(), _some(pairs, rows), labels[rows])
-                held.append(part._of(encoder, _some(pairs, out)))
-            self._learn(encoder, classifier(), pairs, labels)
-        self.threshold_ = keeping_threshold(torch.cat(held), self.keep)
+            self._learn(encoder, kind(**self.settings), pairs, labels)
+            if self.score in DISTANCES:
+                held = self._held_distances(encoder, pairs, labels)
+            else:
+                held = self._held_scores(encoder, pairs, labels, kind)
+        self.threshold_ = keeping_threshold(held, self.keep)
         return self
 
-    def classifier(self) -> Callable[[], Predictor]:
-        """What makes an unfitted one. ValueError for a method that does not name pictures, or a score it does not have."""
+    def _held_scores(self, encoder: Encoder, pairs: Pairs, labels: Tensor, kind: type[Predictor]) -> Tensor:
+        """Of every picture, by a fit that has not seen it; with the settings that the fit on all of them chose for itself.
+
+        A penalty chosen anew in each part would give each part scores of another scale, and a threshold that suits none.
+        """
+        given = dict(self.settings)
+        for name, value in self.inner_.get_params().items():
+            chosen = getattr(self.inner_, f"{name}_", None)
+            if value is None and isinstance(chosen, int | float | str):
+                given[name] = chosen
+        fold, held = folds_of(labels, self.folds, self.seed), []
+        for k in range(int(fold.max()) + 1):
+            rows, out = (fold != k).nonzero()[:, 0].tolist(), (fold == k).nonzero()[:, 0].tolist()
+            part = replace(self)._learn(encoder, kind(**given), _some(pairs, rows), labels[rows])
+            held.append(part._of(encoder, _some(pairs, out)))
+        return torch.cat(held)
+
+    def _held_distances(self, encoder: Encoder, pairs: Pairs, labels: Tensor) -> Tensor:
+        """The same in more parts, which cost little: distances shrink as more is known, so a part should lack few pictures."""
+        features = encode_views(encoder, pairs)[0]
+        fold, held = folds_of(labels, max(self.folds, PARTS), self.seed), []
+        for k in range(int(fold.max()) + 1):
+            known = distance_statistics(features[fold != k], _compact(labels[fold != k]))[self.score]
+            held.append(distances(self.score, features[fold == k], known))
+        return torch.cat(held)
+
+    def classifier(self) -> type[Predictor]:
+        """Its class. ValueError for a method that does not name pictures, or a score it does not have."""
         try:
             kind = get(self.method)
         except MethodError as error:
@@ -70,7 +96,7 @@ class Refusing(Predictor):
         if self.score not in (*TRAINING_FREE, *DISTANCES) and not issubclass(kind, ScoresTheUnknown):
             known = ", ".join((*TRAINING_FREE, *DISTANCES))
             raise ValueError(f"score={self.score!r}: {self.method} has no scores of its own; there are {known}")
-        return lambda: kind(**self.settings)
+        return kind
 
     @torch.no_grad()
     def predict(self, pixels: Tensor) -> Prediction:
@@ -103,8 +129,7 @@ class Refusing(Predictor):
         self.known_: dict[str, Tensor] = {}
         if self.score in DISTANCES:
             features = encode_views(encoder, pairs)[0]
-            labels = torch.unique(labels, return_inverse=True)[1]  # a fold may lack a class
-            self.known_ = distance_statistics(features, labels)[self.score]
+            self.known_ = distance_statistics(features, _compact(labels))[self.score]
         return self
 
     def _score(self, pixels: Tensor, said: Prediction | None = None) -> Tensor:
@@ -161,6 +186,12 @@ class Refusing(Predictor):
     @classmethod
     def tiny(cls) -> tuple[Refusing, list[Record]]:
         return cls("linear_probe", {"strength": 1.0}, score="energy", folds=2), tiny_records()
+
+
+def _compact(labels: Tensor) -> Tensor:
+    """(N,) -> 0..K-1 of the classes that are there."""
+    places: Tensor = torch.unique(labels, return_inverse=True)[1]
+    return places
 
 
 def _some(pairs: Pairs, rows: Sequence[int]) -> Pairs:
