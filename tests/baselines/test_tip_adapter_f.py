@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from ecliptic.baselines.tip_adapter import TipAdapter
 from ecliptic.baselines.tip_adapter_f import TipAdapterF
-from ecliptic.data.shots import tiny_records
+from ecliptic.data.shots import folds_of, tiny_records
 from tests.baselines.clouds import clouds, rows
 from tests.towers import FAMILIES
 
@@ -79,6 +79,23 @@ def test_weights_are_cross_validated_with_keys_trained_without_the_fold():
     assert TipAdapterF().fit_features(*clouds(4, 8), validation=held).validation_accuracy_ > 0.8
     one = TipAdapterF().fit_features(*clouds(4, 1))
     assert (one.alpha_, one.beta_, one.validation_accuracy_) == (1.17, 1.0, None)
+
+
+def test_each_fold_has_keys_trained_on_the_other_shots_alone(monkeypatch):
+    trained, seen = TipAdapterF._trained, []
+
+    def spy(self, views, labels, *rest):
+        seen.append((views, labels))
+        return trained(self, views, labels, *rest)
+
+    monkeypatch.setattr(TipAdapterF, "_trained", spy)
+    features, labels, text = clouds(4, 4)
+    TipAdapterF(folds=2, epochs=1, seed=3).fit_features(features, labels, text)
+    fold = folds_of(labels, 2, 3)
+    assert [len(some) for _, some in seen] == [16, 8, 8]
+    for k in (0, 1):
+        assert torch.equal(seen[1 + k][0][0], features[fold != k])
+        assert torch.equal(seen[1 + k][1], labels[fold != k])
 
 
 def test_inputs_and_global_randomness_are_left_alone():
