@@ -15,7 +15,9 @@ from ecliptic.core.batches import collate
 from ecliptic.core.grad_cache import join
 from ecliptic.core.predictor_io import load_predictor
 from ecliptic.core.prompt_classifier import NOTHING
+from ecliptic.core.prompting import text_from_embeddings, token_embeddings
 from ecliptic.core.train import Train
+from ecliptic.core.tuned import with_tensors
 from ecliptic.data.records import Records
 from ecliptic.data.shots import encode_views, tiny_records
 from ecliptic.eval import ood
@@ -370,6 +372,22 @@ def test_answers_are_those_of_zero_shot_bit_for_bit(encoder, setting):
     assert said.labels == expected.labels
     assert not torch.equal(judge.text_no_, judge.text_)
     assert judge.trained_parameters_ > 1000
+
+
+def test_the_no_of_a_class_is_the_copys_text_with_the_mean_prompt(encoder):
+    judge = Clipn(prompts=2, steps=3, batch_size=6).fit(encoder, tiny_records())
+    judge.prompts_ = 0.1 * torch.randn(judge.prompts_.shape, generator=torch.Generator().manual_seed(0))  # to be felt
+    judge = judge.for_classes(judge.classes_)
+    copied = with_tensors(encoder, judge.state_)
+    tokens = copied.tokenize([f"a photo of a {name}." for name in judge.classes_])
+    with torch.no_grad():
+        plain = token_embeddings(copied, tokens)
+        moved = plain.clone()
+        length = min(plain.shape[1], judge.prompts_.shape[1])
+        moved[:, :length] += (judge.prompts_[0] + judge.prompts_[1])[:length] / 2
+        expected, without = (text_from_embeddings(copied, rows, tokens).pooled for rows in (moved, plain))
+    assert_close(judge.text_no_, expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(judge.text_no_, without, atol=1e-3)
 
 
 def test_an_untrained_copy_says_one_half(encoder):
