@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "eval": {"ops", "core", "data", "eval"},
     "models": {"ops", "core", "data", "eval", "models"},
     "methods": {"ops", "core", "data", "eval"},
-    "baselines": {"ops", "core", "data", "eval"},
+    "baselines": {"ops", "core", "data", "eval", "baselines"},
     "apps": {"ops", "core", "data", "eval", "models", "methods", "baselines", "apps"},
 }
 

@@ -9,18 +9,17 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from ecliptic.core.contracts import Pairs, Record
-from ecliptic.core.encoder import Encoder
-from ecliptic.core.support_predictor import SupportPredictor, check_weights, grid_named
-from ecliptic.core.zeroshot import template_set, zero_shot_head
+from ecliptic.baselines._shots import CachePredictor
+from ecliptic.core.contracts import Record
+from ecliptic.core.support_predictor import check_weights, grid_named
 from ecliptic.data.shot_tensors import check_shots
-from ecliptic.data.shots import encode_shots, folds_of, tiny_records
+from ecliptic.data.shots import folds_of, tiny_records
 from ecliptic.ops.cache_model import cache_keys
 from ecliptic.ops.support_cache import LABEL_FREE, TEMPERATURE, Support
 
 
 @dataclass(eq=False)
-class SusX(SupportPredictor):
+class SusX(CachePredictor):
     """Tip-Adapter minus gamma times a divergence of class distributions (arXiv 2211.16198), as a few-shot method.
 
     The support are the labelled pictures given, or any features: `fit_features` takes those of generated or retrieved
@@ -39,24 +38,6 @@ class SusX(SupportPredictor):
     views: int = 10  # augmented views averaged into each key; 0: the picture as it is
     folds: int = 4  # without validation pictures the weights are cross-validated in this many parts; ours
     seed: int = 0
-
-    def fit(self, encoder: Encoder, pairs: Pairs, validation: Pairs | None = None) -> Self:
-        """Learn from records with `image` and `label`."""
-        template_set(self.templates)
-        self._check_settings()
-        shots = encode_shots(encoder, pairs, validation, classes=self.classes, views=self.views, seed=self.seed)
-        self.fit_features(
-            shots.features,
-            shots.labels,
-            zero_shot_head(encoder, shots.classes, self.templates),  # type: ignore[arg-type]
-            views=shots.views,
-            validation=shots.validation,
-            classes=shots.classes,
-            scale=encoder.scale,
-            logit_bias=encoder.bias,
-        )
-        self.encoder_ = encoder
-        return self
 
     @torch.no_grad()
     def fit_features(

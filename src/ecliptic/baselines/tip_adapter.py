@@ -9,18 +9,17 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ecliptic.core.contracts import Pairs, Record
-from ecliptic.core.encoder import Encoder
-from ecliptic.core.support_predictor import SupportPredictor, check_weights
-from ecliptic.core.zeroshot import template_set, zero_shot_head
+from ecliptic.baselines._shots import CachePredictor
+from ecliptic.core.contracts import Record
+from ecliptic.core.support_predictor import check_weights
 from ecliptic.data.shot_tensors import check_shots
-from ecliptic.data.shots import encode_shots, folds_of, tiny_records
+from ecliptic.data.shots import folds_of, tiny_records
 from ecliptic.ops.cache_model import ALPHAS, BETAS, cache_keys
 from ecliptic.ops.support_cache import TIP_START, Grid, Support
 
 
 @dataclass(eq=False)
-class TipAdapter(SupportPredictor):
+class TipAdapter(CachePredictor):
     """zero-shot + alpha * sum over shots of exp(-beta (1 - cos)), arXiv 2111.03930, equation 5.
 
     alpha and beta: None for the best of a grid on validation pictures, else by cross-validation over the shots; where neither is
@@ -34,24 +33,6 @@ class TipAdapter(SupportPredictor):
     views: int = 10  # augmented views averaged into each key, released code; 0: the picture as it is
     folds: int = 4  # for the cross-validation; ours
     seed: int = 0
-
-    def fit(self, encoder: Encoder, pairs: Pairs, validation: Pairs | None = None) -> Self:
-        """Learn from records with `image` and `label`."""
-        template_set(self.templates)
-        check_weights(self.alpha, self.beta)
-        shots = encode_shots(encoder, pairs, validation, classes=self.classes, views=self.views, seed=self.seed)
-        self.fit_features(
-            shots.features,
-            shots.labels,
-            zero_shot_head(encoder, shots.classes, self.templates),  # type: ignore[arg-type]
-            views=shots.views,
-            validation=shots.validation,
-            classes=shots.classes,
-            scale=encoder.scale,
-            logit_bias=encoder.bias,
-        )
-        self.encoder_ = encoder
-        return self
 
     @torch.no_grad()
     def fit_features(
@@ -67,7 +48,7 @@ class TipAdapter(SupportPredictor):
         logit_bias: Tensor | float | None = None,
     ) -> Self:
         """The same from tensors: features (N, D) and text (K, D), unit rows, labels (N,) int64, views (V, N, D)."""
-        check_weights(self.alpha, self.beta)
+        self._check_settings()
         names = check_shots(features, labels, text, views=views, validation=validation, classes=classes)
         keys = features if views is None else cache_keys(views)
         self._keep(names, Support(keys, labels), text, scale, logit_bias)
@@ -75,6 +56,9 @@ class TipAdapter(SupportPredictor):
         fold = folds_of(labels, self.folds, self.seed)
         self._choose(grid, TIP_START.given(alpha=self.alpha, beta=self.beta), validation, features, fold)
         return self
+
+    def _check_settings(self) -> None:
+        check_weights(self.alpha, self.beta)
 
     @classmethod
     def tiny(cls) -> tuple[TipAdapter, list[Record]]:

@@ -12,20 +12,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ecliptic.core.contracts import Pairs, Record
-from ecliptic.core.encoder import Encoder
-from ecliptic.core.support_predictor import SupportPredictor, check_weights, number
+from ecliptic.baselines._shots import CachePredictor
+from ecliptic.core.contracts import Record
+from ecliptic.core.support_predictor import check_weights, number
 from ecliptic.core.train import Settings
 from ecliptic.core.train import fit as train
-from ecliptic.core.zeroshot import template_set, zero_shot_head
 from ecliptic.data.shot_tensors import check_shots
-from ecliptic.data.shots import encode_shots, folds_of, tiny_records
+from ecliptic.data.shots import folds_of, tiny_records
 from ecliptic.ops.cache_model import ALPHAS, BETAS, cache_keys, tip_adapter_logits
 from ecliptic.ops.support_cache import TIP_START, Comparison, Grid, Support, held_out, search_m_adapter
 
 
 @dataclass(eq=False)
-class TipAdapterF(SupportPredictor):
+class TipAdapterF(CachePredictor):
     """The keys of Tip-Adapter as the weights of a linear layer, trained by cross-entropy (arXiv 2111.03930, section 3.2).
 
     They are trained at the weights that the search starts from; alpha and beta are chosen afterwards on validation pictures,
@@ -43,24 +42,6 @@ class TipAdapterF(SupportPredictor):
     views: int = 10  # averaged into the starting keys, and what is trained on; 0: the picture as it is
     folds: int = 4  # for the cross-validation; ours
     seed: int = 0
-
-    def fit(self, encoder: Encoder, pairs: Pairs, validation: Pairs | None = None) -> Self:
-        """Learn from records with `image` and `label`."""
-        template_set(self.templates)
-        self._check_settings()
-        shots = encode_shots(encoder, pairs, validation, classes=self.classes, views=self.views, seed=self.seed)
-        self.fit_features(
-            shots.features,
-            shots.labels,
-            zero_shot_head(encoder, shots.classes, self.templates),  # type: ignore[arg-type]
-            views=shots.views,
-            validation=shots.validation,
-            classes=shots.classes,
-            scale=encoder.scale,
-            logit_bias=encoder.bias,
-        )
-        self.encoder_ = encoder
-        return self
 
     def fit_features(
         self,
