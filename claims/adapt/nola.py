@@ -7,8 +7,8 @@ pictures, in the same augmented views.
 Accuracy in [0, 1] on 1,000 test pictures. Grey and noise were chosen on other scenes by zero-shot accuracy and the probe; there
 noise of 0.06, 0.10, 0.14, 0.18 gave zero-shot 0.76, 0.60, 0.46, 0.33 and the probe 0.96, 0.93, 0.90, 0.85. Pictures are twice
 the size that `tiny` reads: with noise at its own size an augmented view, which is resampled, is smoother than any picture it
-will be asked about, and students of all kinds fell below zero-shot. That, the crops and the number of epochs come from eight
-small runs of the student on those other scenes.
+will be asked about, and every student but the classifier alone fell below zero-shot. That, the crops and the number of epochs
+come from eight small runs of the student on those other scenes.
 """
 
 from __future__ import annotations

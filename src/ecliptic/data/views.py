@@ -77,7 +77,7 @@ def encoded_strong_batches(
                 arrays = [_strong(encoder, record, own, crop) for (_, record), own in zip(group, seeds, strict=True)]
                 z.append(encoder.images(_normalised(encoder, arrays), normalize=False).pooled.float())
                 bar.advance(len(group))
-    seen, order = torch.cat(z).unflatten(0, (views, -1)), Order(len(records), size, seed)
+    seen, order = torch.cat(z).reshape(views, len(records), -1), Order(len(records), size, seed)
 
     def batch(i: int) -> dict[str, Tensor]:
         rows = torch.from_numpy(order(i))

@@ -272,7 +272,7 @@ def build_cde(
     check_descriptions(classes, descriptions)
     said = [[*(descriptions or {}).get(name, ()), *prompts_of(name, templates)] for name in classes]
     rows = encoder.encode_texts([text for texts in said for text in texts], overflow="error")
-    return normalize(torch.stack([part.mean(0) for part in rows.split([len(texts) for texts in said])]), dim=-1)
+    return normalize(torch.stack([part.mean(0) for part in rows.split([len(texts) for texts in said])]), dim=-1)  # type: ignore[no-untyped-call]
 
 
 def check_descriptions(classes: Sequence[str], descriptions: Descriptions | None) -> None:
