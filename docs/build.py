@@ -13,6 +13,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from few_shot_page import few_shot
+
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "src" / "ecliptic" / "models" / "weights"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -444,6 +446,7 @@ def main() -> int:
         ("models.md", models()),
         ("speed.md", speed()),
         ("compress.md", compression()),
+        ("few_shot.md", few_shot(read(RESULTS / "few_shot.json"))),
         ("relevance.md", relevance()),
         ("relevance.svg", relevance_curve()),
     ):
