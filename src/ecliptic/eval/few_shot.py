@@ -342,9 +342,9 @@ def _fitted(
         return judge, {**cost, "trained": getattr(judge, "trained_parameters_", None)}
 
     if cold:
-        with keeping(FeatureStore()) as store:
+        with keeping(FeatureStore()) as fresh:
             judge, cost = once()
-        return judge, {**cost, "encoded": len(store)}
+        return judge, {**cost, "encoded": len(fresh)}
     store = open_store()
     before = 0 if store is None else len(store)
     judge, cost = once()
