@@ -459,6 +459,9 @@ def test_adapt_refuses_what_it_cannot_learn_from(cli, model, pictures, tmp_path)
     assert "write name=value" in cli("adapt", pictures, "--method", "gda", "--set", "views").stderr
     assert "--set needs one --method" in cli("adapt", pictures, "--set", "views=2").stderr
     assert "no task 'sort'" in cli("adapt", pictures, "--task", "sort").stderr
+    assert "--method is for --task name" in cli("adapt", pictures, "--task", "ood", "--method", "gda").stderr
+    assert "--unknown is for --task ood" in cli("adapt", pictures, "--unknown", "other").stderr
+    assert "--instruction is for --task rank" in cli("adapt", pictures, "--instruction", "size").stderr
     assert "no class 'bird'" in cli("adapt", pictures, "--name", "bird=a bird", "--model", model).stderr
 
 

@@ -86,6 +86,14 @@ def adapt(
     """
     if task not in TASKS:
         fail(f"no task {task!r}: there are {', '.join(TASKS)}")
+    for option, given, meant in (
+        ("--method", method, "name"),
+        ("--labels", labels, "name"),
+        ("--unknown", unknown, "ood"),
+        ("--instruction", instruction, "rank"),
+    ):
+        if given and task != meant:
+            fail(f"{option} is for --task {meant}, not for {task}")
     if out is not None:
         require_own(out, "predictor.json")
     words = _words(name or [])
@@ -118,7 +126,7 @@ def adapt(
     else:
         options = {"minutes": minutes, "folds": folds, "seed": seed}
         done, value = _chosen(task, records, model, method, shots, words, labels, unknown, instruction, options)
-        done.report.commands.append(_command(source, task, minutes, out, instruction))
+        done.report.commands.append(_command(source, task, minutes, out, unknown, instruction))
     if not json:
         for line in bad_lines(done.bad):
             warn(line)
@@ -211,9 +219,12 @@ def _words(given: list[str]) -> dict[str, str]:
     return words
 
 
-def _command(source: str, task: str, minutes: float, out: Path | None, instruction: str | None) -> str:
+def _command(
+    source: str, task: str, minutes: float, out: Path | None, unknown: str | None, instruction: str | None
+) -> str:
     parts = [f"ecliptic adapt {source}"]
     parts += [f"--task {task}"] if task != "name" else []
+    parts += [f"--unknown {unknown}"] if unknown else []
     parts += [f'--instruction "{instruction}"'] if instruction else []
     parts += [f"--minutes {minutes:g}"]
     parts += [f"--out {out}"] if out is not None else []
