@@ -13,6 +13,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from adapt_page import adapt
 from few_shot_page import few_shot
 
 ROOT = Path(__file__).parents[1]
@@ -446,6 +447,7 @@ def main() -> int:
         ("models.md", models()),
         ("speed.md", speed()),
         ("compress.md", compression()),
+        ("adapt.md", adapt(read(RESULTS / "adapt.json"))),
         ("few_shot.md", few_shot(read(RESULTS / "few_shot.json"))),
         ("relevance.md", relevance()),
         ("relevance.svg", relevance_curve()),
