@@ -13,8 +13,7 @@ def adapt(result: Mapping[str, Any]) -> str:
     lines = [
         "# Your own classes: `ecliptic adapt`",
         "",
-        "*Written by `python docs/build.py` from `benchmarks/results/adapt.json`; "
-        f"`{result['command']}` measures it.*",
+        f"*Written by `python docs/build.py` from `benchmarks/results/adapt.json`; `{result['command']}` measures it.*",
         "",
         "```console",
         "$ ecliptic adapt parts/ --out parts-model                  # a folder per class, or a CSV of image and label",
