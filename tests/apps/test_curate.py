@@ -19,7 +19,8 @@ def table(pictures, tmp_path):
     with (tmp_path / "pool.csv").open("w", newline="", encoding="utf-8") as handle:
         rows = csv.writer(handle)
         rows.writerow(["image", "caption"])
-        rows.writerows([str(file), text] for file, text in zip(files, TEXTS, strict=True))
+        # Relative, as what a step keeps depends on the id: it must not change with the folder that pytest makes.
+        rows.writerows([file.relative_to(tmp_path).as_posix(), text] for file, text in zip(files, TEXTS, strict=True))
     (tmp_path / "concepts.txt").write_text("dog\ncat\nred yak\n", encoding="utf-8")
     return tmp_path / "pool.csv"
 
