@@ -283,27 +283,32 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.fixture
-def listening():
-    """A test-suite that was started in the background is deaf to Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+INTERRUPTED = """
+import signal, sys
+from ecliptic.core.train import Settings
+from tests.core.small_run import regression
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background is deaf to Ctrl-C
+calls = iter(range(1, 1000))
+def during():
+    if next(calls) == 5:
+        signal.raise_signal(signal.SIGINT)
+try:
+    regression(Settings(steps=10, lr=0.01, checkpoints=sys.argv[1]), during=during)
+except KeyboardInterrupt:
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    print("interrupted")
+"""
 
 
-def test_control_c_waits_for_whole_weights(tmp_path, listening):
-    before = signal.getsignal(signal.SIGINT)
-    settings = Settings(steps=10, lr=0.01, checkpoints=tmp_path)
-    calls = iter(range(1, 1000))
-
-    def during() -> None:
-        if next(calls) == 5:
-            signal.raise_signal(signal.SIGINT)  # to this thread, now: `os.kill` may reach another one, and late
-
-    with pytest.raises(KeyboardInterrupt):
-        regression(settings, during=during)
-    assert signal.getsignal(signal.SIGINT) is before
+def test_control_c_waits_for_whole_weights(tmp_path):
+    """In a process of its own, whose signals nothing else has touched."""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}:{root}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.stdout.split() == ["interrupted"], done.stderr
     assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [5]  # the step it came in was finished
+    settings = Settings(steps=10, lr=0.01, checkpoints=tmp_path)
     assert_same(regression(settings)[0], regression(Settings(steps=10, lr=0.01))[0])
 
 
