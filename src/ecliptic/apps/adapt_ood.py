@@ -7,9 +7,6 @@ pictures of unknown things, classes of the user's own stand for them in turn, ne
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -26,14 +23,15 @@ from ecliptic.apps.selection import (
     Pictures,
     Tried,
     fit_candidate,
+    fit_file,
     kept_fit,
+    not_compared,
     readable,
     try_fits,
     usual_settings,
 )
 from ecliptic.baselines.refusing import Refusing
 from ecliptic.core.known import DISTANCES, UNKNOWN, distance_statistics, distances
-from ecliptic.core.method import MethodError, get
 from ecliptic.core.progress import Progress
 from ecliptic.data.feature_store import FeatureStore, keeping, picture_key
 from ecliptic.data.images import ImageError
@@ -212,16 +210,8 @@ def _checked(
             )
     for candidate in candidates or ():
         predictor(candidate.method, candidate.settings)
-    roster = [c for c in ROSTER if _exists(c)] if candidates is None else list(candidates)
+    roster = list(ROSTER if candidates is None else candidates)
     return [ROSTER[0], *(c for c in roster if c.name != WORDS)]
-
-
-def _exists(candidate: Candidate) -> bool:
-    try:
-        get(candidate.method)
-    except MethodError:
-        return False
-    return True
 
 
 def _keys(records: Records) -> dict[str, str]:
@@ -322,15 +312,11 @@ class _Trial:
         return found
 
     def _file(self, candidate: Candidate, rows: NDArray[np.int64]) -> Path:
-        """Named by all that decides what a fit says."""
-        source = b""
-        if candidate.method:
-            source = Path(inspect.getfile(type(predictor(candidate.method, candidate.settings)))).read_bytes()
+        kinds = [type(predictor(candidate.method, candidate.settings))] if candidate.method else []
         names = [self.pictures.classes[k] for k in self.pictures.truth]
-        content = [self.encoder.id, candidate.method, sorted(candidate.settings.items()), rows.tolist()]
+        content = [self.pictures.model, candidate.method, sorted(candidate.settings.items()), rows.tolist()]
         content += [self.pictures.keys, names, "ood"]
-        digest = hashlib.blake2b(source + json.dumps(content, default=str).encode(), digest_size=16).hexdigest()
-        return self.kept / f"{digest}.npz"
+        return fit_file(self.kept, kinds, content)
 
 
 def _answers(tried: Sequence[Tried]) -> dict[str, dict[frozenset[int], Any]]:
@@ -436,10 +422,7 @@ def _report(
         Table([*columns, "seconds to fit", "trained numbers", "chosen in folds"], rows, "Leaderboard"),
         *([] if given else [_per_class(found, pictures, split, keep, seed)]),
     ]
-    if left := [entry for entry in tried if entry.problem]:
-        report.tables.append(
-            Table(["method", "why"], [[e.candidate.name, e.problem] for e in left], "Not in the comparison")
-        )
+    report.tables += not_compared(tried)
     report.notes = _notes(given, found, naming, percent)
     if gain[1] <= 0:
         report.notes.insert(

@@ -7,13 +7,13 @@ with its pair loss and without); chooses by nested cross-validation on rank corr
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ecliptic.apps.adaptation import AdaptationError, predictor
-from ecliptic.apps.selection import Candidate, Tried, kept_fit, readable, try_fits
+from ecliptic.apps.selection import Candidate, Tried, fit_file, kept_fit, not_compared, readable, try_fits
 from ecliptic.baselines.rescaled_ranker import encode_pooled
 from ecliptic.baselines.word_ranker import poles
 from ecliptic.core.files import atomic_file
@@ -252,8 +252,9 @@ class _Trial:
                 scores[unseen] = self._ask(judge, unseen)
                 return {"scores": scores}
 
-            file = self.work / "fits" / f"{self._digest(candidate, rows)}.npz"
-            found, took, trained = kept_fit(file, remaining, lambda: self.fit(candidate, rows), ask)
+            found, took, trained = kept_fit(
+                self._file(candidate, rows), remaining, lambda: self.fit(candidate, rows), ask
+            )
             return found["scores"], took, trained
 
         return try_fits(candidate, plan, left - (time.monotonic() - began), fit, advance)
@@ -310,7 +311,7 @@ class _Trial:
 
         How many is kept beside the fits, so that a second call, given the same time, goes on with them.
         """
-        content = json.dumps([self.encoder.id, self.keys, self.values.tolist(), self.words, self.given])
+        content = json.dumps([self.model, self.keys, self.values.tolist(), self.words, self.given])
         file = self.work / "fits" / f"{hashlib.blake2b(content.encode(), digest_size=16).hexdigest()}.steps"
         if file.is_file():
             return int(file.read_text())
@@ -327,14 +328,17 @@ class _Trial:
             handle.write(str(steps).encode())
         return steps
 
-    def _digest(self, candidate: Candidate, rows: NDArray[np.int64]) -> str:
-        """Equal exactly where a fit would be the same: model, method and its source, settings, pictures and values."""
+    @cached_property
+    def model(self) -> str:
+        """The encoder's id, which takes reading all its weights."""
+        return self.encoder.id
+
+    def _file(self, candidate: Candidate, rows: NDArray[np.int64]) -> Path:
         judge = self._unfitted(candidate)
         kinds = [type(judge), *([get(judge.method)] if hasattr(judge, "method") else [])]
-        source = b"".join(Path(inspect.getfile(kind)).read_bytes() for kind in kinds)
-        content = [self.encoder.id, candidate.method, sorted(judge.get_params().items()), rows.tolist()]
+        content = [self.model, candidate.method, sorted(judge.get_params().items()), rows.tolist()]
         content += [self.keys, self.values.tolist(), "rank"]
-        return hashlib.blake2b(source + json.dumps(content, default=str).encode(), digest_size=16).hexdigest()
+        return fit_file(self.work / "fits", kinds, content)
 
 
 # The report
@@ -401,10 +405,7 @@ def _report(
         "chosen in folds",
     ]
     report.tables = [Table(columns, rows, "Leaderboard")]
-    if left := [entry for entry in tried if entry.problem]:
-        report.tables.append(
-            Table(["method", "why"], [[e.candidate.name, e.problem] for e in left], "Not in the comparison")
-        )
+    report.tables += not_compared(tried)
     report.notes = [
         "Rank correlation is 1 where the order is right, 0 where it is chance, and below 0 where it is the wrong way round. The "
         f"headline is that of the whole procedure: in each of {len(found.chosen)} parts, whatever was chosen without it is "

@@ -61,13 +61,10 @@ def choose_unlabelled(
     *,
     candidates: Sequence[Candidate] | None = None,
     minutes: float = 4.0,
-    folds: int = 4,
-    seed: int = 0,
 ) -> Agreed:
     """Fit every method of `ROSTER` (or the candidates) that fits into `minutes`, and keep the one most others agree with.
 
-    work: a folder for features. folds and seed are taken for the sake of one call for all tasks; nothing is drawn here.
-    AdaptationError where no picture can be read.
+    work: a folder for features. AdaptationError where no picture can be read.
     """
     names = tuple(classes)
     check_classes(names)

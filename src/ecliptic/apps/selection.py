@@ -172,6 +172,7 @@ class Pictures:
     classes: tuple[str, ...]
     keys: list[str]  # of the labelled, then of the loose
     bad: list[tuple[str, str]]
+    model: str  # the encoder's id, which takes reading all its weights
 
     @classmethod
     def of(
@@ -200,7 +201,7 @@ class Pictures:
             raise AdaptationError(f"none of the pictures of {silent[0]!r} can be read")
         labelled = records[given].map(lambda record: {**record, "label": names[str(record["label"])]}, images=False)
         truth = np.array([classes.index(name) for name in called], dtype=np.int64)
-        return cls(labelled, truth, records[loose], classes, [key for key in keys if key], bad)
+        return cls(labelled, truth, records[loose], classes, [key for key in keys if key], bad, encoder.id)
 
     def training(self, rows: NDArray[np.int64], candidate: Candidate) -> Records:
         """What a candidate learns from: the labelled pictures in `rows`, and the unlabelled ones if they help it."""
@@ -275,7 +276,7 @@ def _try(
             answers[unseen] = probabilities(fitted, encoder, pictures.labelled[unseen], pictures.classes)
             return {"answers": answers}
 
-        file = kept / f"{_digest(encoder, pictures, candidate, learnt)}.npz"
+        file = _file(kept, pictures, candidate, learnt)
         said, took, trained = kept_fit(file, remaining, lambda: _fit(encoder, candidate, pictures, learnt), ask)
         return said["answers"], took, trained
 
@@ -395,13 +396,26 @@ def probabilities(
     return given if whole else metrics.softmax(given)
 
 
-def _digest(encoder: HFEncoder, pictures: Pictures, candidate: Candidate, learnt: NDArray[np.int64]) -> str:
-    """Equal exactly where a fit would be the same: model, method and its source, settings, pictures and labels."""
+def _file(kept: Path, pictures: Pictures, candidate: Candidate, learnt: NDArray[np.int64]) -> Path:
     kind = type(predictor(candidate.method, candidate.settings))
-    source = Path(inspect.getfile(kind)).read_bytes()
     seen = [(pictures.keys[i], pictures.classes[pictures.truth[i]]) for i in learnt]
-    content = [encoder.id, candidate.method, sorted(candidate.settings.items()), seen, pictures.keys, pictures.classes]
-    return hashlib.blake2b(source + json.dumps(content, default=str).encode(), digest_size=16).hexdigest()
+    content = [
+        pictures.model,
+        candidate.method,
+        sorted(candidate.settings.items()),
+        seen,
+        pictures.keys,
+        pictures.classes,
+    ]
+    return fit_file(kept, [kind], content)
+
+
+def fit_file(kept: Path, kinds: Sequence[type], content: Sequence[Any]) -> Path:
+    """Where `kept_fit` keeps a fit: named by the sources of the classes that learn, and by `content`, which must hold all else
+    that decides what it says: model, method, settings, pictures and labels."""
+    source = b"".join(Path(inspect.getfile(kind)).read_bytes() for kind in kinds)
+    digest = hashlib.blake2b(source + json.dumps(content, default=str).encode(), digest_size=16).hexdigest()
+    return kept / f"{digest}.npz"
 
 
 # The report
@@ -455,9 +469,7 @@ def _report(
         "Leaderboard",
     )
     report.tables = [board, *report.tables]
-    if left := [entry for entry in tried if entry.problem]:
-        table = Table(["method", "why"], [[e.candidate.name, e.problem] for e in left], "Not in the comparison")
-        report.tables.insert(1, table)
+    report.tables[1:1] = not_compared(tried)
     report.notes = [
         f"The headline is that of the whole procedure: in each of {len(found.chosen)} parts of the pictures, whatever "
         "cross-validation chose without that part names it. The leaderboard's own figures are plain cross-validation, and that "
@@ -469,6 +481,12 @@ def _report(
     loose = f", {len(pictures.loose)} without label" if len(pictures.loose) else ""
     report.subtitle = f"{counted}{loose}; {len(done)} methods on {encoder.name}, judged on pictures they had not seen"
     return report
+
+
+def not_compared(tried: Sequence[Tried]) -> list[Table]:
+    """The table of candidates that are not in the comparison, where there are any."""
+    rows = [[entry.candidate.name, entry.problem] for entry in tried if entry.problem]
+    return [Table(["method", "why"], rows, "Not in the comparison")] if rows else []
 
 
 def _share(hits: NDArray[np.float64], seed: int) -> Number:

@@ -115,11 +115,11 @@ def encode_views(
         rows = _encode(encoder, pairs, range(views + 1), seed, crop)
     else:
         cheap = list(pairs.undecoded()) if hasattr(pairs, "undecoded") else list(pairs)
-        found = [store.rows(encoder, [picture_key(r) for r in cheap], _encoder_of(encoder, pairs, 0, seed, crop))]
+        plain = [picture_key(record) for record in cheap]
+        found = [store.rows(encoder, plain, _encoder_of(encoder, pairs, 0, seed, crop))]
         for view in range(1, views + 1):
             keys = [
-                f"{picture_key(record)} view {seed} {record.get('id', i)} {view} {tuple(crop)}"
-                for i, record in enumerate(cheap)
+                f"{plain[i]} view {seed} {record.get('id', i)} {view} {tuple(crop)}" for i, record in enumerate(cheap)
             ]
             found.append(store.rows(encoder, keys, _encoder_of(encoder, pairs, view, seed, crop)))
         rows = torch.stack(found)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ecliptic.apps.cli._inputs import has, labels_of, open_records
+from ecliptic.apps.cli._inputs import labels_of, open_records
 from ecliptic.apps.cli._shell import (
     DEFAULT_MODEL,
     Json,
@@ -145,7 +145,7 @@ def adapt(
 
 def has_labels(records: Records) -> bool:
     """Whether any record carries a label."""
-    return has(records, "label") or any(record.get("label") not in (None, "") for record in records.undecoded())
+    return any(record.get("label") not in (None, "") for record in records.undecoded())
 
 
 def _chosen(
@@ -180,7 +180,9 @@ def _chosen(
     if labels is not None:
         from ecliptic.apps.adapt_unlabelled import choose_unlabelled
 
-        done = choose_unlabelled(encoder, records, work, labels_of(labels), candidates=candidates, **options)
+        done = choose_unlabelled(
+            encoder, records, work, labels_of(labels), candidates=candidates, minutes=options["minutes"]
+        )
         return done, {"method": done.winner.name, "classes": done.classes, "unlabelled": done.unlabelled}
     done = selection.choose(encoder, records, work, candidates=candidates, shots=shots, words=words, **options)
     board = [
